@@ -1,0 +1,33 @@
+"""The one op and its vocabulary: streams, maps, folds, row losses."""
+
+from bigclass.core.folds import Dot, Fold, LogSumExp, ShiftedMoment, SumFold, Tile, TopK, Total, entropy, log_sum, log_sum_exp, register_fold
+from bigclass.core.op import reduce_logits, stream_loss
+from bigclass.core.plan import Plan, explain, planning
+from bigclass.core.row_losses import register_row_loss
+from bigclass.core.stream import Map, Scale, Softcap, Stream, register_map
+
+__all__ = [
+    "Dot",
+    "Fold",
+    "LogSumExp",
+    "Map",
+    "Plan",
+    "Scale",
+    "ShiftedMoment",
+    "Softcap",
+    "Stream",
+    "SumFold",
+    "Tile",
+    "TopK",
+    "Total",
+    "entropy",
+    "explain",
+    "log_sum",
+    "log_sum_exp",
+    "planning",
+    "reduce_logits",
+    "register_fold",
+    "register_map",
+    "register_row_loss",
+    "stream_loss",
+]

@@ -1,0 +1,22 @@
+"""Engines: the ways to run the one op.
+
+dense.py materialises the logits under plain autograd. An engine that streams is a module with three functions,
+
+    reduce(stream, picks, keep, folds, plan)                                      -> states, picked
+    reduce_backward(stream, picks, keep, folds, plan, states, grads, h, needs)    -> gradients
+    stream_loss(stream, picks, keep, folds, row_loss, args, numbers, plan, needs) -> loss, gradients
+
+and is found here by name, imported when first used (so that Triton is, too).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+STREAMING = {"tiled": "bigclass.core.engines.tiled"}
+
+
+def streaming_engine(name: str) -> ModuleType:
+    """The module of a streaming engine."""
+    return import_module(STREAMING[name])

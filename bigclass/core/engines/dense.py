@@ -1,0 +1,68 @@
+"""The dense engine: logits written out, folds lifted over the whole row, gradients by plain autograd.
+
+The oracle of the tests, and the fastest way where N x C is so small that the cost of a call rules. Everything autograd can do
+(double backward, forward mode, torch.func) works here, and only here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bigclass.core.folds import Fold, State, Tile
+from bigclass.core.stream import Stream
+
+
+def logits(stream: Stream, keep: Tensor | None = None) -> Tensor:
+    """s (N, C) in the accumulation dtype. Rows outside `keep` get features of 0, so that what they held cannot spread."""
+    dtype = stream.accumulate_dtype
+    s: Tensor | None = None
+    for x, w in stream.pairs:
+        if keep is not None:
+            x = x.masked_fill(~keep.unsqueeze(-1), 0.0)
+        part = torch.mm(x.to(dtype), w.to(dtype).t())
+        s = part if s is None else s + part
+    if stream.class_scale is not None and s is not None:
+        s = s * stream.class_scale.to(dtype)
+    if stream.given is not None:
+        given = stream.given.to(dtype)
+        if keep is not None:
+            given = given.masked_fill(~keep.unsqueeze(-1), 0.0)
+        s = given if s is None else s + given
+    assert s is not None
+    if stream.bias is not None:
+        s = s + stream.bias.to(dtype)
+    if stream.scale != 1.0:
+        s = s * stream.scale
+    if stream.scale_tensor is not None:
+        s = s * stream.scale_tensor.to(dtype).reshape(())
+    for m in stream.maps:
+        s = m.forward(s, m.numbers, m.tensors)
+    return s
+
+
+def reduce(stream: Stream, picks: Tensor | None, keep: Tensor | None, folds: Sequence[Fold]) -> tuple[list[State], Tensor | None]:
+    """The states of all folds and the picked logits (N, K), differentiable."""
+    s = logits(stream, keep)
+    picked = mask = None
+    if picks is not None:
+        at = picks.clamp_min(0)
+        picked = s.gather(1, at).masked_fill(picks < 0, 0.0)
+        if any(f.exclude_picks for f in folds):
+            none = picks.new_full((), s.shape[1])
+            mask = s.new_zeros((s.shape[0], s.shape[1] + 1), dtype=torch.bool)
+            mask = mask.scatter(1, torch.where(picks < 0, none, picks), True)[:, :-1]
+    states = []
+    for f in folds:
+        rows = f.axis == "rows"
+        tile = Tile(s if rows else s.t(), mask=mask if mask is None or rows else mask.t())
+        states.append(f.lift(tile, [_broadcast(t.to(s.dtype), axis, rows) for t, axis in zip(f.tensors, f.tensor_axes, strict=False)]))
+    return states, picked
+
+
+def _broadcast(t: Tensor, axis: str, rows: bool) -> Tensor:
+    if axis == "grid":
+        return t if rows else t.t()
+    return t.unsqueeze(-1) if axis == "kept" else t.unsqueeze(0)

@@ -1,0 +1,210 @@
+"""Where the tiled engine's gradients add up.
+
+From a tile's G = dL/dz (r, c), with y = sum_p x_p w_p^T, z = scale (class_scale y + given + bias):
+
+    db_j    += scale sum_i G_ij                       d(given)_ij = scale G_ij
+    dw_p    += scale class_scale (G^T x_p)            d(class_scale)_j = scale <w_j, (G^T x)_j>
+    dx_p    += scale (G class_scale) w_p              d(scale) = <x, dx/scale> + <bias, db/scale> + <given, G>
+
+The scales are applied where they cost least: after a product's sum, never to N x C numbers (class_scale excepted, for dx).
+Sums are in fp32 (fp64); a slab of dw is finished, and cast once, when its last row has been seen, a span of dx likewise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bigclass.core.engines.tiles import Rows, Span, TileMaker, product, spans
+from bigclass.core.folds import Fold, State, Tile
+
+
+class Sink:
+    """Gradients of the tensors flagged in `needs` (the stream's tensors, then the folds').
+
+    keep_wide: leave dw (and what else was summed over chunks) in fp32, for an upstream factor that is not known yet.
+    whole: dw is summed over all chunks of rows before any slab is finished.
+    """
+
+    def __init__(self, maker: TileMaker, folds: Sequence[Fold], needs: Sequence[bool], *, keep_wide: bool, whole: bool) -> None:
+        self.maker, self.folds, self.rows = maker, folds, maker.rows
+        st, acc = maker.stream, maker.dtype
+        flag = iter(needs)
+        pairs = [(next(flag), next(flag)) for _ in st.pairs]
+        self.need_x, self.need_w = [p[0] for p in pairs], [p[1] for p in pairs]
+        self.need_bias, self.need_cs, self.need_given, need_scale = (
+            t is not None and next(flag) for t in (st.bias, st.class_scale, st.given, st.scale_tensor)
+        )
+        self.need_maps = [[next(flag) for _ in m.tensors] for m in st.maps]
+        self.need_folds = [[next(flag) for _ in f.tensors] for f in folds]
+
+        def final(t: Tensor) -> torch.dtype:
+            return acc if keep_wide else t.dtype
+
+        self.dx = [x.new_zeros(x.shape, dtype=final(x)) if need else None for (x, _), need in zip(st.pairs, self.need_x, strict=True)]
+        self.dw = [w.new_empty(w.shape, dtype=final(w)) if need else None for (_, w), need in zip(st.pairs, self.need_w, strict=True)]
+        like, c = st.tensors[0], maker.c
+        self.db = like.new_zeros(c, dtype=acc) if self.need_bias or (need_scale and st.bias is not None) else None
+        self.dcs = like.new_zeros(c, dtype=acc) if self.need_cs else None
+        self.dgiven = st.given.new_zeros(st.given.shape, dtype=final(st.given)) if self.need_given and st.given is not None else None
+        self.dscale = like.new_zeros((), dtype=acc) if need_scale else None
+        self.dmaps = [[t.new_zeros(t.shape, dtype=acc) for t in m.tensors] for m in st.maps]
+        self.dfolds = [
+            [t.new_zeros(t.shape, dtype=acc) if need else None for t, need in zip(f.tensors, flags, strict=True)]
+            for f, flags in zip(folds, self.need_folds, strict=True)
+        ]
+        # dw is summed where it will be returned, if that is wide enough; else in a slab's work buffer, or in a whole one
+        self._dw_sum = [self._sum_buffer(t, whole or self.need_cs) for t in self.dw]
+        if self.need_cs and not any(self.need_w):
+            self._dw_sum = [w.new_empty(w.shape, dtype=acc) for _, w in st.pairs]
+        self._dx_sum: list[Tensor | None] = [None] * len(st.pairs)
+        self.wants_tensors = any(any(flags) for flags in self.need_folds)
+
+    def _sum_buffer(self, t: Tensor | None, whole: bool) -> Tensor | None:
+        if t is None or t.dtype == self.maker.dtype:
+            return t
+        return t.new_empty(t.shape, dtype=self.maker.dtype) if whole else None
+
+    def open_rows(self, span: Span) -> None:
+        """Begin the sums of dx over classes for rows `span`."""
+        self._span = span
+        for p, ((x, _), need) in enumerate(zip(self.maker.stream.pairs, self.need_x, strict=True)):
+            if not need and self.dscale is None:
+                continue
+            out = self.dx[p]
+            if out is not None and self.rows.index is None and out.dtype == self.maker.dtype:
+                self._dx_sum[p] = out[span.start : span.stop]
+            else:
+                self._dx_sum[p] = self.maker.pool.get(f"dx {p}", span.size, x.shape[1])
+
+    def open_slab(self, span: Span) -> list[Tensor | None]:
+        """The fp32 sums of dw for classes `span`."""
+        sums: list[Tensor | None] = []
+        for p, (_, w) in enumerate(self.maker.stream.pairs):
+            whole = self._dw_sum[p]
+            if whole is not None:
+                sums.append(whole[span.start : span.stop])
+            elif self.need_w[p]:
+                sums.append(self.maker.pool.get(f"dw {p}", span.size, w.shape[1]))
+            else:
+                sums.append(None)
+        return sums
+
+    def add(
+        self, g: Tensor, values: list[Tensor], xs: list[Tensor], ws: list[Tensor], sums: list[Tensor | None], r: Span, c: Span,
+        *, first_rows: bool, first_classes: bool,
+    ) -> None:  # fmt: skip
+        """Take one tile's dL/ds (which is used up). first_rows, first_classes: are the sums of dw, of dx still empty?"""
+        maker, st = self.maker, self.maker.stream
+        for i in range(len(st.maps) - 1, -1, -1):
+            m, z, s = st.maps[i], values[i], values[i + 1]
+            if any(self.need_maps[i]):
+                for total, part in zip(self.dmaps[i], m.tensor_gradients(g, z, s, m.numbers, m.tensors), strict=True):
+                    total.add_(part)
+            g = m.backward(g, z, s, m.numbers, m.tensors)
+        if self.db is not None:
+            self.db[c.start : c.stop].add_(g.sum(0))
+        if st.given is not None and self.dscale is not None:
+            self.dscale.add_((g * self.rows.take(st.given[:, c.start : c.stop], r)).sum())
+        if self.dgiven is not None:
+            part = g * maker.alpha if maker.alpha_tensor is None else g * maker.alpha * maker.alpha_tensor
+            self.rows.put(self.dgiven[:, c.start : c.stop], r, part.to(self.dgiven.dtype))
+        for x, total in zip(xs, sums, strict=True):
+            if total is not None:
+                product(g.to(x.dtype).t(), x, total, beta=float(not first_rows), alpha=maker.alpha)
+        if st.class_scale is not None and any(t is not None for t in self._dx_sum):
+            g.mul_(st.class_scale[c.start : c.stop].to(maker.dtype))
+        for w, total in zip(ws, self._dx_sum, strict=True):
+            if total is not None:
+                at = r.start - self._span.start
+                product(g.to(w.dtype), w, total[at : at + r.size], beta=float(not first_classes))
+
+    def close_rows(self) -> None:
+        """The sums of dx over all classes are there: scale, cast, and d(scale)."""
+        maker, span = self.maker, self._span
+        for p, total in enumerate(self._dx_sum):
+            if total is None:
+                continue
+            if self.dscale is not None:
+                x = maker.stream.pairs[p][0]
+                for part in spans(span.stop, 4096, span.start):
+                    lo = part.start - span.start
+                    self.dscale.add_((self.rows.take(x, part).to(maker.dtype) * total[lo : lo + part.size]).sum())
+            out = self.dx[p]
+            if out is None:
+                continue
+            if maker.alpha != 1.0:
+                total.mul_(maker.alpha)
+            if maker.alpha_tensor is not None:
+                total.mul_(maker.alpha_tensor)
+            self.rows.put(out, span, total)
+
+    def close_slab(self, c: Span, sums: list[Tensor | None]) -> None:
+        """The sums of dw over all rows are there for classes c: class scale, cast."""
+        maker, st = self.maker, self.maker.stream
+        for p, total in enumerate(sums):
+            if total is None:
+                continue
+            if maker.alpha_tensor is not None:
+                total.mul_(maker.alpha_tensor)
+            if self.dcs is not None:
+                self.dcs[c.start : c.stop].add_((st.pairs[p][1][c.start : c.stop].to(maker.dtype) * total).sum(1))
+            if st.class_scale is not None:
+                total.mul_(st.class_scale[c.start : c.stop].to(maker.dtype).unsqueeze(-1))
+            out = self.dw[p]
+            if out is not None and out is not self._dw_sum[p]:
+                out[c.start : c.stop].copy_(total)
+
+    def on_tensor(self, r: Span, c: Span):
+        """A callback that adds up the gradients of a fold's own tensors, or None."""
+        if not self.wants_tensors:
+            return None
+
+        def take(i: int, f: Fold, tile: Tile, tensors: list[Tensor], state: State, grads: list[Tensor | None]) -> None:
+            for which, total in enumerate(self.dfolds[i]):
+                if total is None:
+                    continue
+                part = f.tensor_gradient(which, tile, tensors, state, grads)
+                if f.axis == "columns":
+                    part = part.t() if f.tensor_axes[which] == "grid" else part
+                if f.tensor_axes[which] == "grid":
+                    self.rows.put(total[:, c.start : c.stop], r, part)
+                elif f.axis == "rows":
+                    here = self.rows.take(total, r) + part.squeeze(-1)
+                    self.rows.put(total, r, here)
+                else:
+                    total[c.start : c.stop].add_(part.squeeze(-1))
+
+        return take
+
+    def finish(self, scale: bool = True) -> list[Tensor]:
+        """The gradients that were needed, in order."""
+        maker, st = self.maker, self.maker.stream
+        out: list[Tensor] = []
+        for dx, dw in zip(self.dx, self.dw, strict=True):
+            out += [t for t in (dx, dw) if t is not None]
+        if self.db is not None:
+            if self.dscale is not None and st.bias is not None:
+                self.dscale.add_((self.db * st.bias.to(maker.dtype)).sum())
+            if self.need_bias:
+                db = self.db.mul_(maker.alpha)
+                out.append(db if maker.alpha_tensor is None else db.mul_(maker.alpha_tensor))
+        if self.dcs is not None:
+            out.append(self.dcs)
+        if self.dgiven is not None:
+            out.append(self.dgiven)
+        if self.dscale is not None and st.scale_tensor is not None:
+            out.append(self.dscale.mul_(st.scale).reshape(st.scale_tensor.shape))
+        for grads, flags in zip(self.dmaps, self.need_maps, strict=True):
+            out += [t for t, need in zip(grads, flags, strict=True) if need]
+        out += [t for grads in self.dfolds for t in grads if t is not None]
+        return out
+
+
+def zero_dw(sink: Sink, rows: Rows) -> None:
+    """dw where no row counts: the sums never began."""
+    for t in sink.dw:
+        if t is not None:
+            t.zero_()

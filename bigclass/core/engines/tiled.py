@@ -1,0 +1,191 @@
+"""The tiled engine: library GEMMs over tiles in a reused workspace, elementwise work in place, on any device torch has.
+
+    reduce           for each slab of classes: for each block of rows: tile = x w^T; update every fold        1 pass
+    reduce_backward  the same tiles again, with the folds known: G in the tile's place;
+                     dw of a slab = G^T x, summed over its blocks of rows before the next slab begins;
+                     dx += G w                                                                                3 passes
+    stream_loss      for each chunk of rows: all its tiles, kept; row_loss and its derivatives on the chunk's
+                     statistics; G in place of the tiles; dw += G^T x, dx = G w                               3 passes in all
+
+What a tile costs besides its GEMM (a lone log-sum-exp): one maximum, one subtraction, one exponential, one sum, and in the
+gradient one product (stream_loss: the forward's exponentials are scaled in place). They run on a tile just written,
+so on a CPU they read the cache and not memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from bigclass.core.engines.sink import Sink, zero_dw
+from bigclass.core.engines.tiles import Rows, Span, TileMaker, Upstream, add_picks, logit_gradient, spans
+from bigclass.core.folds import Fold, State
+from bigclass.core.plan import Plan
+from bigclass.core.stream import Stream
+
+_SPARE = 16  # elements between kept tiles: the first takes the picks that lie elsewhere, the rest keeps alignment
+
+
+def _identities(folds: Sequence[Fold], maker: TileMaker, rows: int) -> list[State]:
+    like = maker.pool.get("empty", 0, 0)
+    return [f.identity(rows if f.axis == "rows" else maker.c, like) for f in folds]
+
+
+def _update(f: Fold, state: State, maker: TileMaker, s: Tensor, r: Span, c: Span, flat: Tensor | None) -> None:
+    """Fold one tile into `state` (whose rows, or columns, are those of the tile)."""
+    tile = maker.tile(f, s, r, c, flat, "scratch")
+    new = f.update(state, tile, maker.fold_tensors(f, r, c))
+    tile.restore()
+    for old, part in zip(state, new, strict=True):
+        old.copy_(part)
+
+
+def _read_picks(maker: TileMaker, s: Tensor, flat: Tensor, picked: Tensor) -> None:
+    """picked += the tile's picks. Those elsewhere read the spare element, which is 0."""
+    whole = torch.as_strided(s, (s.numel() + 1,), (1,))
+    whole[-1] = 0.0
+    picked.add_(whole[flat])
+
+
+def reduce(
+    stream: Stream, picks: Tensor | None, keep: Tensor | None, folds: Sequence[Fold], plan: Plan
+) -> tuple[list[State], Tensor | None]:
+    """The states of all folds, and the picked logits (N, K)."""
+    n = stream.shape[0]
+    rows = Rows(n, keep)
+    maker = TileMaker(stream, picks, rows)
+    states = _identities(folds, maker, rows.count)
+    picked = None if picks is None else maker.pool.get("empty", 0, 0).new_zeros((rows.count, picks.shape[1]))
+    for c in spans(maker.c, plan.class_block):
+        ws = maker.slab(c)
+        for r in spans(rows.count, plan.row_block):
+            z = maker.pool.get("tile", r.size, c.size)
+            s = maker.bend(maker.raw(maker.features(r), ws, r, c, z), keep_inputs=False)[-1]
+            where = maker.positions(r, c)
+            if where is not None and picked is not None:
+                _read_picks(maker, s, where[0], picked[r.start : r.stop])
+            for f, state in zip(folds, states, strict=True):
+                span = r if f.axis == "rows" else c
+                part = tuple([t[span.start : span.stop] for t in state])
+                _update(f, part, maker, s, r, c, None if where is None else where[0])
+    full = []
+    for f, state in zip(folds, states, strict=True):
+        if f.axis == "rows" and rows.index is not None:
+            empty = f.identity(n, maker.pool.get("empty", 0, 0))
+            state = tuple([rows.scatter(t, fill) for t, fill in zip(state, empty, strict=True)])
+        full.append(state)
+    if picked is not None and picks is not None:
+        picked = rows.scatter(picked, picked.new_zeros((n, picks.shape[1])))
+    return full, picked
+
+
+def reduce_backward(
+    stream: Stream, picks: Tensor | None, keep: Tensor | None, folds: Sequence[Fold], plan: Plan,
+    states: Sequence[State], grads: Sequence[Sequence[Tensor | None]], h: Tensor | None, needs: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of the needed tensors, from the states and what reached them. The tiles are made again."""
+    rows = Rows(stream.shape[0], keep)
+    maker = TileMaker(stream, picks, rows)
+    sink = Sink(maker, folds, needs, keep_wide=False, whole=False)
+    if rows.count == 0:
+        zero_dw(sink, rows)
+        return sink.finish()
+    everything = Span(0, rows.count)
+
+    def compact(t: Tensor | None, f: Fold) -> Tensor | None:
+        return t if t is None or f.axis == "columns" else rows.take(t, everything)
+
+    up = Upstream(
+        [tuple([compact(t, f) for t in state]) for f, state in zip(folds, states, strict=True)],  # type: ignore[misc]
+        [[compact(t, f) for t in parts] for f, parts in zip(folds, grads, strict=True)],
+        None if h is None else rows.take(h, everything),
+    )
+    sink.open_rows(everything)
+    for c in spans(maker.c, plan.class_block):
+        ws, sums = maker.slab(c), sink.open_slab(c)
+        for r in spans(rows.count, plan.row_block):
+            xs = maker.features(r)
+            z = maker.raw(xs, ws, r, c, maker.pool.get("tile", r.size, c.size))
+            values = maker.bend(z, keep_inputs=True)
+            g = logit_gradient(maker, folds, up, values, r, c, sink.on_tensor(r, c))
+            sink.add(g, values, xs, ws, sums, r, c, first_rows=r.start == 0, first_classes=c.start == 0)
+        sink.close_slab(c, sums)
+    sink.close_rows()
+    return sink.finish()
+
+
+def stream_loss(
+    stream: Stream, picks: Tensor | None, keep: Tensor | None, folds: Sequence[Fold],
+    row_loss: Callable[..., tuple[Tensor, list[list[Tensor | None]], Tensor | None, list[Tensor]]],
+    args: Sequence[Tensor], plan: Plan, needs: Sequence[bool],
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """sum_i row_loss_i and the gradients of the needed tensors (fp32 until the upstream factor is known).
+
+    row_loss(states, picked, args) -> (sum, its derivatives by the states, by the picks, by those args that need them).
+    """
+    rows = Rows(stream.shape[0], keep)
+    maker = TileMaker(stream, picks, rows)
+    tensors = len(stream.tensors) + sum(len(f.tensors) for f in folds)
+    sink = Sink(maker, folds, needs[:tensors], keep_wide=True, whole=True)
+    like = maker.pool.get("empty", 0, 0)
+    loss = like.new_zeros(())
+    dargs = [a.new_zeros(a.shape, dtype=maker.dtype) if need else None for a, need in zip(args, needs[tensors:], strict=True)]
+    slabs = spans(maker.c, plan.class_block)
+    # A lone log-sum-exp over unbent logits leaves its exponentials where the logits were.
+    in_place = len(folds) == 1 and folds[0].overwrites and folds[0].axis == "rows" and not stream.maps and not sink.wants_tensors
+    for r in spans(rows.count, plan.chunk):
+        xs = maker.features(r)
+        kept = maker.pool.get("kept", 1, r.size * maker.c + _SPARE * len(slabs)).view(-1)
+        tiles, locals_ = [], []
+        states = _identities(folds, maker, r.size)
+        picked = None if picks is None else like.new_zeros((r.size, picks.shape[1]))
+        for t, c in enumerate(slabs):
+            start = r.size * c.start + _SPARE * t
+            z = kept[start : start + r.size * c.size].view(r.size, c.size)
+            tiles.append(z)
+            maker.raw(xs, maker.slab(c), r, c, z)
+            s = _values(maker, z)[-1]
+            where = maker.positions(r, c)
+            flat = None if where is None else where[0]
+            if flat is not None and picked is not None:
+                _read_picks(maker, s, flat, picked)
+            if in_place:
+                local = folds[0].lift_in_place(maker.tile(folds[0], s, r, c, flat, None))
+                locals_.append(local)
+                states[0] = folds[0].merge(states[0], local)
+                continue
+            for f, state in zip(folds, states, strict=True):
+                _update(f, state, maker, s, r, c, flat)
+        total, grads, h, for_args = row_loss(states, picked, [rows.take(a, r) for a in args])
+        loss.add_(total)
+        for out, part in zip([d for d in dargs if d is not None], for_args, strict=True):
+            rows.put(out, r, part)
+        up = Upstream(states, grads, h, start=r.start)
+        sink.open_rows(r)
+        for t, c in enumerate(slabs):
+            if in_place:
+                values = [tiles[t]]
+                state, upstream = up.of(0, folds[0], r, c)
+                g = tiles[t].zero_() if upstream[-1] is None else folds[0].gradient_in_place(tiles[t], locals_[t], state, upstream)
+                add_picks(g, maker.positions(r, c), r, up)
+            else:
+                values = _values(maker, tiles[t], again=True)
+                g = logit_gradient(maker, folds, up, values, r, c, sink.on_tensor(r, c))
+            sink.add(g, values, xs, maker.slab(c), sink.open_slab(c), r, c, first_rows=r.start == 0, first_classes=c.start == 0)
+        sink.close_rows()
+    if rows.count == 0:
+        zero_dw(sink, rows)
+    else:
+        for c in slabs:
+            sink.close_slab(c, sink.open_slab(c))
+    return loss, sink.finish() + [d for d in dargs if d is not None]
+
+
+def _values(maker: TileMaker, z: Tensor, again: bool = False) -> list[Tensor]:
+    """The values along the maps for a kept tile: where maps act in place, the second reading must not act again."""
+    if maker.in_place:
+        return [z] * (1 + len(maker.stream.maps)) if again else maker.bend(z, keep_inputs=False)
+    return maker.bend(z, keep_inputs=True)
+

@@ -1,0 +1,257 @@
+"""Pieces of the tiled engine: rows and slabs of operands, work buffers, a tile's logits, a tile's gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bigclass.core.folds import Fold, State, Tile
+from bigclass.core.stream import Stream
+
+# Libraries that multiply 16-bit operands into fp32 outputs. Elsewhere tiles are widened to fp32 first:
+# a 16-bit output would round every logit.
+_WIDE_OUTPUT = ("cuda",)
+
+
+class Pool:
+    """Named work buffers, allocated once a call and reused by every tile. Each has one spare element behind its end (folds.Tile)."""
+
+    def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
+        self._like, self._dtype = like, dtype
+        self._flat: dict[str, Tensor] = {}
+
+    def get(self, name: str, rows: int, cols: int) -> Tensor:
+        """A contiguous (rows, cols) view of the buffer `name`, its content undefined."""
+        size = rows * cols + 1
+        flat = self._flat.get(name)
+        if flat is None or flat.numel() < size:
+            flat = self._flat[name] = self._like.new_empty(size, dtype=self._dtype)
+        return flat[: size - 1].view(rows, cols)
+
+
+def product(a: Tensor, b: Tensor, out: Tensor, *, beta: float = 0.0, alpha: float = 1.0) -> Tensor:
+    """out = alpha a b + beta out, summed and stored in out's dtype."""
+    if a.dtype == out.dtype:
+        if beta == 0.0 and alpha == 1.0:
+            return torch.mm(a, b, out=out)
+        return torch.addmm(out, a, b, beta=beta, alpha=alpha, out=out)
+    return torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A half-open range of rows or of classes."""
+
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+
+def spans(total: int, block: int, start: int = 0) -> list[Span]:
+    """[start, total) in blocks."""
+    return [Span(at, min(at + block, total)) for at in range(start, total, max(block, 1))]
+
+
+class Rows:
+    """The rows that count.
+
+    On a CPU ignored rows are left out before any product (`index`). On a GPU counting them would be a host sync:
+    there their features are replaced by zeros, so that NaN in them meets no sum.
+    """
+
+    def __init__(self, n: int, keep: Tensor | None) -> None:
+        self.total = n
+        self.index: Tensor | None = None
+        self._mask: Tensor | None = None
+        if keep is not None and keep.device.type == "cpu":
+            self.index = keep.nonzero().squeeze(-1)
+            if self.index.numel() == n:
+                self.index = None
+        elif keep is not None:
+            self._mask = keep
+        self.count = n if self.index is None else self.index.numel()
+
+    def take(self, t: Tensor, span: Span) -> Tensor:
+        """Rows `span` (of those that count) of t (N, ...)."""
+        if self.index is not None:
+            return t[self.index[span.start : span.stop]]
+        t = t[span.start : span.stop]
+        if self._mask is not None and t.is_floating_point():
+            mask = self._mask[span.start : span.stop]
+            return torch.where(mask.view(-1, *[1] * (t.dim() - 1)), t, t.new_zeros(()))
+        return t
+
+    def put(self, out: Tensor, span: Span, value: Tensor) -> None:
+        """Write `value` to rows `span` (of those that count) of out (N, ...)."""
+        if self.index is not None:
+            out[self.index[span.start : span.stop]] = value.to(out.dtype)
+        elif out[span.start : span.stop].data_ptr() != value.data_ptr():
+            out[span.start : span.stop].copy_(value)
+
+    def scatter(self, compact: Tensor, fill: Tensor) -> Tensor:
+        """compact (M, ...) at its rows of a copy of `fill` (N, ...)."""
+        if self.index is None:
+            return compact
+        fill[self.index] = compact
+        return fill
+
+
+class TileMaker:
+    """Makes tiles of one stream: cuts and casts its operands, multiplies, adds, maps, finds picks."""
+
+    def __init__(self, stream: Stream, picks: Tensor | None, rows: Rows) -> None:
+        self.stream, self.rows = stream, rows
+        self.dtype = stream.accumulate_dtype
+        self.c = stream.shape[1]
+        self.pool = Pool(stream.tensors[0], self.dtype)
+        self.picks = None if picks is None else picks.long()
+        wide = stream.device.type in _WIDE_OUTPUT
+        self._operand_dtypes = [self._operand_dtype(x, w) if wide else self.dtype for x, w in stream.pairs]
+        # On a CPU a learnable scale is read once and rides along in the products; elsewhere that would be a host sync.
+        self.alpha, self.alpha_tensor = stream.scale, None
+        if stream.scale_tensor is not None:
+            if stream.device.type == "cpu":
+                self.alpha *= float(stream.scale_tensor)
+            else:
+                self.alpha_tensor = stream.scale_tensor.to(self.dtype).reshape(())
+
+    def _operand_dtype(self, x: Tensor, w: Tensor) -> torch.dtype:
+        chosen = self.stream.compute_dtype or torch.promote_types(x.dtype, w.dtype)
+        return self.dtype if self.dtype == torch.float64 else chosen
+
+    def features(self, span: Span) -> list[Tensor]:
+        """x_p (r, D_p) for each pair, in the dtype of its products."""
+        return [self.rows.take(x, span).to(dtype) for (x, _), dtype in zip(self.stream.pairs, self._operand_dtypes, strict=True)]
+
+    def slab(self, span: Span) -> list[Tensor]:
+        """w_p (c, D_p) for each pair, in the dtype of its products."""
+        return [w[span.start : span.stop].to(dtype) for (_, w), dtype in zip(self.stream.pairs, self._operand_dtypes, strict=True)]
+
+    def raw(self, xs: list[Tensor], ws: list[Tensor], r: Span, c: Span, out: Tensor) -> Tensor:
+        """z (r, c): everything but the maps, in `out`."""
+        st = self.stream
+        # the scale rides in the product unless something must be added before it
+        late = st.class_scale is not None or st.given is not None or st.bias is not None
+        alpha = 1.0 if late else self.alpha
+        for p, (x, w) in enumerate(zip(xs, ws, strict=True)):
+            product(x, w.t(), out, beta=float(p > 0), alpha=alpha)
+        if st.class_scale is not None and xs:
+            out.mul_(st.class_scale[c.start : c.stop].to(self.dtype))
+        if st.given is not None:
+            given = self.rows.take(st.given[:, c.start : c.stop], r)
+            out.add_(given) if xs else out.copy_(given)
+        if st.bias is not None:
+            out.add_(st.bias[c.start : c.stop].to(self.dtype))
+        if late and self.alpha != 1.0:
+            out.mul_(self.alpha)
+        if self.alpha_tensor is not None:
+            out.mul_(self.alpha_tensor)
+        return out
+
+    @property
+    def in_place(self) -> bool:
+        """May s overwrite z? Only if no map reads z again for its gradient."""
+        maps = self.stream.maps
+        return not maps or (len(maps) == 1 and not maps[0].needs_input)
+
+    def bend(self, z: Tensor, *, keep_inputs: bool) -> list[Tensor]:
+        """[z, s_1, ..., s]: the values along the maps; all in z's place unless a gradient needs them apart."""
+        values = [z]
+        apart = keep_inputs and not self.in_place
+        for i, m in enumerate(self.stream.maps):
+            out = self.pool.get(f"map {i}", *z.shape) if apart else z
+            values.append(m.forward(values[-1], m.numbers, m.tensors, out=out))
+        return values
+
+    def positions(self, r: Span, c: Span) -> tuple[Tensor, Tensor] | None:
+        """Where the picks of rows r lie in the tile (r, c): (flat (r, K), inside (r, K)); those elsewhere point past its end."""
+        if self.picks is None:
+            return None
+        local = self.rows.take(self.picks, r) - c.start
+        inside = (local >= 0) & (local < c.size)
+        offsets = torch.arange(r.size, device=local.device).unsqueeze(-1) * c.size
+        return torch.where(inside, local + offsets, r.size * c.size), inside
+
+    def fold_tensors(self, f: Fold, r: Span, c: Span) -> list[Tensor]:
+        """A fold's tensors cut to a tile, broadcastable to it (to its transpose for a column fold)."""
+        cut = []
+        for t, axis in zip(f.tensors, f.tensor_axes, strict=False):
+            if axis == "grid":
+                part = self.rows.take(t[:, c.start : c.stop], r).to(self.dtype)
+                cut.append(part if f.axis == "rows" else part.t())
+                continue
+            along_rows = (axis == "kept") == (f.axis == "rows")
+            part = (self.rows.take(t, r) if along_rows else t[c.start : c.stop]).to(self.dtype)
+            cut.append(part.unsqueeze(-1 if axis == "kept" else 0))
+        return cut
+
+    def tile(self, f: Fold, s: Tensor, r: Span, c: Span, flat: Tensor | None, scratch: str | None) -> Tile:
+        """The tile as fold f sees it."""
+        work = None if scratch is None else self.pool.get(scratch, *s.shape)
+        if f.axis == "rows":
+            return Tile(s, c.start, work, flat)
+        return Tile(s.t(), r.start, None if work is None else work.t(), flat)
+
+
+@dataclass(slots=True)
+class Upstream:
+    """What reached the op's outputs, for the rows that count from `start` on.
+
+    states, grads: for each fold its merged state and the gradients of its parts (None: none). h: (M, K) gradients of the picks.
+    """
+
+    states: list[State]
+    grads: list[list[Tensor | None]]
+    h: Tensor | None
+    start: int = 0
+
+    def of(self, i: int, f: Fold, r: Span, c: Span) -> tuple[State, list[Tensor | None]]:
+        """Fold i's states and gradients at the rows r (a column fold: at the classes c)."""
+        span = Span(r.start - self.start, r.stop - self.start) if f.axis == "rows" else c
+        return (
+            tuple([t[span.start : span.stop] for t in self.states[i]]),
+            [None if t is None else t[span.start : span.stop] for t in self.grads[i]],
+        )
+
+
+def logit_gradient(
+    maker: TileMaker, folds: Sequence[Fold], up: Upstream, values: list[Tensor], r: Span, c: Span, on_tensor=None
+) -> Tensor:
+    """G (r, c) = dL/ds of one tile: every fold's part, then the picks'. Overwrites s if nothing else reads it."""
+    s = values[-1]
+    where = maker.positions(r, c)
+    active = [(i, f) for i, f in enumerate(folds) if any(g is not None for g in up.grads[i])]
+    alone = len(active) == 1 and not maker.stream.maps and on_tensor is None
+    g = s if alone else maker.pool.get("g", *s.shape)
+    for first, (i, f) in enumerate(active):
+        state, grads = up.of(i, f, r, c)
+        tile = maker.tile(f, s, r, c, None if where is None else where[0], None)
+        tensors = maker.fold_tensors(f, r, c)
+        if on_tensor is not None:
+            on_tensor(i, f, tile, tensors, state, grads)
+        target = g if first == 0 else maker.pool.get("part", *s.shape)
+        f.gradient(tile, tensors, state, grads, target if f.axis == "rows" else target.t())
+        if not alone:
+            tile.restore()
+        if first > 0:
+            g.add_(target)
+    if not active:
+        g.zero_()
+    add_picks(g, where, r, up)
+    return g
+
+
+def add_picks(g: Tensor, where: tuple[Tensor, Tensor] | None, r: Span, up: Upstream) -> None:
+    """g += the picks' own gradients."""
+    if where is None or up.h is None:
+        return
+    flat, inside = where
+    h = torch.where(inside, up.h[r.start - up.start : r.stop - up.start], 0.0)
+    # along each row, so that equal picks of one row add up in order
+    g.scatter_add_(1, torch.where(inside, flat % g.shape[1], 0), h)

@@ -1,0 +1,448 @@
+"""The monoids that logits are folded with.
+
+A fold takes the logits of a row (or, with axis="columns", of a class) to a few numbers, its *state*:
+
+    state = merge over tiles of lift(tile)            merge is associative, identity() is its neutral element
+
+so tiles, chunks and ranks all combine in the same way, and the raw state can leave and enter.
+
+The state is raw on purpose. Log-sum-exp is kept as (m, l) with LSE = m + log l: its differentiable part is l, and m
+is a reference point that gradients treat as a constant (m + log l does not depend on which m was chosen, so
+differentiating l alone gives the exact gradient). Probabilities in a backward are then e^(s-m) / l, with no rounding
+of a finished LSE in between.
+
+With `exclude_picks` the picked classes contribute nothing, bit for bit. That is how precision survives confident rows:
+log(l) over the rest minus the pick never cancels, where LSE - s_y does.
+
+A fold is written once for rows: for columns an engine hands it the transposed tile. In its methods
+n is the kept axis, c the folded one, states are (n, width), and every method must also work under plain autograd
+when `tile.scratch` is None (the dense engine differentiates `lift`, which is also how `gradient` is tested).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from bigclass.core.stream import _check_name
+from bigclass.core.triton_form import TritonForm, triton_form
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+State = tuple[Tensor, ...]
+
+
+class Tile:
+    """A block of logits, and room to work.
+
+    s: (n, c), not to be changed but through this class. scratch: a buffer of the same shape, or None: allocate (dense).
+    base: index of the first folded element. picks: where the picked logits are.
+    """
+
+    def __init__(self, s: Tensor, base: int = 0, scratch: Tensor | None = None, picks: Tensor | None = None, mask: Tensor | None = None):
+        self.s = s
+        self.base = base
+        self.scratch = scratch
+        self._picks = picks  # tiled: flat positions in s's memory; those of other tiles point one past its end
+        self._mask = mask  # dense: (n, c), True at picks
+        self._saved: Tensor | None = None
+
+    def logits(self, without_picks: bool) -> Tensor:
+        """s, with -inf at the picks if asked. Call `restore` before s is read again."""
+        if not without_picks:
+            return self.s
+        if self._mask is not None:
+            return self.s.masked_fill(self._mask, -math.inf)
+        if self._picks is not None:
+            flat = _flat(self.s)
+            self._saved = flat[self._picks]
+            flat[self._picks] = -math.inf
+        return self.s
+
+    def restore(self) -> None:
+        """Put the picked logits back."""
+        if self._saved is not None:
+            _flat(self.s)[self._picks] = self._saved
+            self._saved = None
+
+    def clear_picks(self, t: Tensor) -> Tensor:
+        """t (n, c) with exact zeros at the picks. Overwrites t if it is a work buffer."""
+        if self._mask is not None:
+            return t.masked_fill(self._mask, 0.0)
+        if self._picks is not None:
+            _flat(t)[self._picks] = 0.0
+        return t
+
+
+def _flat(t: Tensor) -> Tensor:
+    """A work buffer (contiguous, or a transposed view) as one row, with the spare element behind its end.
+
+    Picks outside the tile are aimed at that element, so that no index has to be read on the host."""
+    return torch.as_strided(t, (t.numel() + 1,), (1,))
+
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """A monoid over logits. Subclass under `@register_fold` to add one; engines need no edit.
+
+    numbers: constants. tensors: parameters, one per entry of `tensor_axes`: "kept" is a vector along the kept axis
+    (for rows: (N,)), "folded" one along the folded axis (for rows: (C,)), "grid" a full (N, C) tensor.
+    "kept" and "grid" tensors get gradients if the class defines `tensor_gradient`; "folded" ones are constants.
+    """
+
+    numbers: tuple[float, ...] = ()
+    tensors: tuple[Tensor, ...] = ()
+    exclude_picks: bool = False
+    axis: str = "rows"
+
+    name: ClassVar[str] = ""
+    tensor_axes: ClassVar[tuple[str, ...]] = ()
+    differentiable: ClassVar[tuple[bool, ...]] = ()  # for each part of the state
+    overwrites: ClassVar[bool] = False  # are `lift_in_place` and `gradient_in_place` there?
+
+    def identity(self, n: int, like: Tensor) -> State:
+        """The neutral state of n rows, in like's dtype and device."""
+        raise NotImplementedError
+
+    def lift(self, tile: Tile, tensors: Sequence[Tensor]) -> State:
+        """The state of one tile, each part (n, width)."""
+        raise NotImplementedError
+
+    def merge(self, a: State, b: State) -> State:
+        """The state of two disjoint sets of classes."""
+        raise NotImplementedError
+
+    def update(self, state: State, tile: Tile, tensors: Sequence[Tensor]) -> State:
+        """merge(state, lift(tile)); a fold that can skip work by looking at the state overrides this."""
+        return self.merge(state, self.lift(tile, tensors))
+
+    def gradient(self, tile: Tile, tensors: Sequence[Tensor], state: State, grads: Sequence[Tensor | None], out: Tensor) -> Tensor:
+        """dL/ds (n, c), written to `out` (which may be the tile itself) and returned.
+
+        state: the merged state. grads: dL/dstate, None where there is none.
+        """
+        raise NotImplementedError
+
+    def tensor_gradient(self, which: int, tile: Tile, tensors: Sequence[Tensor], state: State, grads: Sequence[Tensor | None]) -> Tensor:
+        """This tile's part of dL/dtensors[which]: (n, 1) for a "kept" tensor, (n, c) for a "grid"."""
+        raise NotImplementedError(f"fold {self.name!r} has no gradient for its tensor {which}")
+
+    def lift_in_place(self, tile: Tile) -> State:
+        """`lift`, leaving in tile.s what `gradient_in_place` needs: saves an exponential per logit."""
+        raise NotImplementedError
+
+    def gradient_in_place(self, s: Tensor, local: State, state: State, grads: Sequence[Tensor | None]) -> Tensor:
+        """dL/ds in place of what `lift_in_place` left; local is the state it returned."""
+        raise NotImplementedError
+
+    lift_triton: ClassVar[TritonForm | None] = None
+    gradient_triton: ClassVar[TritonForm | None] = None
+
+
+FOLDS: dict[str, type[Fold]] = {}
+
+
+def register_fold(cls: type[Fold]) -> type[Fold]:
+    """Make a `Fold` known under its `name`, so that it can cross a custom op."""
+    _check_name(cls.name, FOLDS, cls)
+    FOLDS[cls.name] = cls
+    return cls
+
+
+def _finite(m: Tensor) -> Tensor:
+    """The reference point: m, or 0 where nothing was folded yet (-inf - -inf would be NaN)."""
+    return m.masked_fill(m == -math.inf, 0.0)
+
+
+@register_fold
+@dataclass(frozen=True, eq=False)
+class LogSumExp(Fold):
+    """(m, l) with m = max_j s_j and l = sum_j e^(s_j - m). `log_sum_exp(state)` finishes it."""
+
+    name: ClassVar[str] = "logsumexp"
+    differentiable: ClassVar[tuple[bool, ...]] = (False, True)
+    overwrites: ClassVar[bool] = True
+
+    def identity(self, n, like):
+        return like.new_full((n, 1), -math.inf), like.new_zeros((n, 1))
+
+    def lift(self, tile, tensors):
+        s = tile.logits(self.exclude_picks)
+        m = s.detach().amax(-1, keepdim=True)
+        e = torch.sub(s, _finite(m), out=tile.scratch)
+        e = torch.exp(e, out=tile.scratch)
+        return m, e.sum(-1, keepdim=True)
+
+    def merge(self, a, b):
+        m = torch.maximum(a[0], b[0])
+        ref = _finite(m)
+        return m, a[1] * torch.exp(a[0] - ref) + b[1] * torch.exp(b[0] - ref)
+
+    def gradient(self, tile, tensors, state, grads, out):
+        s = tile.logits(self.exclude_picks)
+        return torch.sub(s, _finite(state[0]), out=out).exp_().mul_(grads[1])
+
+    def lift_in_place(self, tile):
+        s = tile.logits(self.exclude_picks)
+        m = s.amax(-1, keepdim=True)
+        s.sub_(_finite(m)).exp_()
+        return m, s.sum(-1, keepdim=True)
+
+    def gradient_in_place(self, s, local, state, grads):
+        # e^(s - m_tile) is there already; move it to the common reference in the same product
+        return s.mul_(grads[1] * torch.exp(local[0] - _finite(state[0])))
+
+    @triton_form
+    def lift_triton(s):  # noqa: N805
+        m = tl.max(s, axis=1)
+        ref = tl.where(m == float("-inf"), 0.0, m)
+        return m, tl.sum(tl.exp2((s - ref[:, None]) * 1.4426950408889634), axis=1)
+
+    @triton_form
+    def gradient_triton(s, m, g):  # noqa: N805
+        ref = tl.where(m == float("-inf"), 0.0, m)
+        return tl.exp2((s - ref[:, None]) * 1.4426950408889634) * g[:, None]
+
+
+def log_sum_exp(state: State) -> Tensor:
+    """LSE = m + log l, from a `LogSumExp` state; -inf where nothing was folded."""
+    return state[0] + log_sum(state)
+
+
+def log_sum(state: State) -> Tensor:
+    """log l, -inf with a zero gradient (not NaN) where nothing was folded."""
+    empty = state[1] == 0
+    return state[1].masked_fill(empty, 1.0).log().masked_fill(empty, -math.inf)
+
+
+@register_fold
+@dataclass(frozen=True, eq=False)
+class ShiftedMoment(Fold):
+    """(m, l, t) with u_j = s_j - m, l = sum of e^u_j *without the largest*, t = sum of u_j e^u_j. For the entropy.
+
+    H = log(1 + l) - t / (1 + l). With p nearly one-hot, LSE - sum p s is all rounding, and even 1 + l rounds l away:
+    the largest term (exactly 1) therefore stays outside the sum.
+    """
+
+    name: ClassVar[str] = "shifted_moment"
+    differentiable: ClassVar[tuple[bool, ...]] = (False, True, True)
+    # e^u is 0 far above this, and u e^u must be 0 and not NaN at u = -inf
+    _LOWEST: ClassVar[float] = -1e4
+
+    def identity(self, n, like):
+        return like.new_full((n, 1), -math.inf), like.new_zeros((n, 1)), like.new_zeros((n, 1))
+
+    def lift(self, tile, tensors):
+        s = tile.logits(self.exclude_picks)
+        m, top = s.detach().max(-1, keepdim=True)
+        u = torch.sub(s, _finite(m), out=tile.scratch)
+        u = torch.clamp(u, min=self._LOWEST, out=tile.scratch)
+        e = torch.exp(u)
+        t = (e * u).sum(-1, keepdim=True)
+        # The largest term is 1 and leaves the value, but not the derivative (m counts as a constant).
+        largest = e.gather(-1, top)
+        rest = e.scatter(-1, top, 0.0) if tile.scratch is None else e.scatter_(-1, top, 0.0)
+        return m, rest.sum(-1, keepdim=True) + (largest - largest.detach()), t
+
+    def merge(self, a, b):
+        a_leads = a[0] >= b[0]
+        big = [torch.where(a_leads, p, q) for p, q in zip(a, b, strict=True)]
+        small = [torch.where(a_leads, q, p) for p, q in zip(a, b, strict=True)]
+        down = (small[0] - _finite(big[0])).clamp_min(self._LOWEST)
+        shrink = torch.exp(down)
+        mass = small[1] + (small[0] > -math.inf)
+        m = torch.maximum(a[0], b[0])
+        return m, big[1] + shrink * mass, big[2] + shrink * (small[2] + down * mass)
+
+    def gradient(self, tile, tensors, state, grads, out):
+        s = tile.logits(self.exclude_picks)
+        u = torch.sub(s, _finite(state[0]), out=out).clamp_(min=self._LOWEST)
+        e = torch.exp(u)
+        if grads[2] is None:
+            return torch.mul(e, grads[1], out=out)
+        u.add_(1.0).mul_(grads[2])
+        return (u if grads[1] is None else u.add_(grads[1])).mul_(e)
+
+    @triton_form
+    def gradient_triton(s, m, g_l, g_t):  # noqa: N805
+        ref = tl.where(m == float("-inf"), 0.0, m)
+        u = tl.maximum(s - ref[:, None], -1e4)
+        return tl.exp2(u * 1.4426950408889634) * (g_l[:, None] + g_t[:, None] * (1.0 + u))
+
+
+def entropy(state: State) -> Tensor:
+    """The entropy (nats) of softmax(s) from a `ShiftedMoment` state."""
+    return torch.log1p(state[1]) - state[2] / (1.0 + state[1])
+
+
+@dataclass(frozen=True, eq=False)
+class SumFold(Fold):
+    """(sum_j phi(s_j),): subclasses give `term` and its derivative `slope`, elementwise.
+
+    Both may read the fold's numbers and its tensors, which come broadcastable to (n, c).
+    """
+
+    differentiable: ClassVar[tuple[bool, ...]] = (True,)
+
+    @staticmethod
+    def term(s: Tensor, numbers: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
+        """phi(s), a new tensor (n, c)."""
+        raise NotImplementedError
+
+    @staticmethod
+    def slope(s: Tensor, numbers: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
+        """phi'(s), broadcastable to (n, c)."""
+        raise NotImplementedError
+
+    def identity(self, n, like):
+        return (like.new_zeros((n, 1)),)
+
+    def lift(self, tile, tensors):
+        t = self.term(tile.s, self.numbers, tensors)
+        if self.exclude_picks:
+            t = tile.clear_picks(_own(t, tile))
+        return (t.sum(-1, keepdim=True),)
+
+    def merge(self, a, b):
+        return (a[0] + b[0],)
+
+    def gradient(self, tile, tensors, state, grads, out):
+        slope = self.slope(tile.s, self.numbers, tensors)
+        torch.mul(slope, grads[0], out=out) if slope.shape == out.shape else out.copy_(slope * grads[0])
+        return tile.clear_picks(out) if self.exclude_picks else out
+
+    term_triton: ClassVar[TritonForm | None] = None
+    slope_triton: ClassVar[TritonForm | None] = None
+
+
+def _own(t: Tensor, tile: Tile) -> Tensor:
+    """t where the tile may overwrite it: its scratch (dense: t itself, clear_picks copies there)."""
+    return t if tile.scratch is None else tile.scratch.copy_(t)
+
+
+@register_fold
+@dataclass(frozen=True, eq=False)
+class Total(SumFold):
+    """sum_j c_j s_j, with c a class vector or, without tensors, 1."""
+
+    name: ClassVar[str] = "total"
+    tensor_axes: ClassVar[tuple[str, ...]] = ("folded",)
+
+    @staticmethod
+    def term(s, numbers, tensors):
+        return s * tensors[0] if tensors else s
+
+    @staticmethod
+    def slope(s, numbers, tensors):
+        return tensors[0] if tensors else s.new_ones(())
+
+    @triton_form
+    def term_triton(s, c):  # noqa: N805
+        return s * c
+
+    @triton_form
+    def slope_triton(s, c):  # noqa: N805
+        return c
+
+
+@register_fold
+@dataclass(frozen=True, eq=False)
+class Dot(SumFold):
+    """sum_j t_ij c_j s_ij with a full (N, C) tensor t (class probabilities, a stored teacher) and, if given, a class vector c."""
+
+    name: ClassVar[str] = "dot"
+    tensor_axes: ClassVar[tuple[str, ...]] = ("grid", "folded")
+
+    @staticmethod
+    def term(s, numbers, tensors):
+        t = s * tensors[0]
+        return t * tensors[1] if len(tensors) > 1 else t
+
+    @staticmethod
+    def slope(s, numbers, tensors):
+        return tensors[0] * tensors[1] if len(tensors) > 1 else tensors[0]
+
+    def tensor_gradient(self, which, tile, tensors, state, grads):
+        g = tile.s * grads[0]
+        return g * tensors[1] if len(tensors) > 1 else g
+
+    @triton_form
+    def term_triton(s, t, c):  # noqa: N805
+        return s * t * c
+
+    @triton_form
+    def slope_triton(s, t, c):  # noqa: N805
+        return t * c
+
+
+@register_fold
+@dataclass(frozen=True, eq=False)
+class TopK(Fold):
+    """The k largest logits and their indices, in descending order. No gradients (pick the indices instead).
+
+    numbers: (k,). Where fewer than k classes were folded, the rest is (-inf, -1).
+    """
+
+    name: ClassVar[str] = "topk"
+    differentiable: ClassVar[tuple[bool, ...]] = (False, False)
+    _GROUP: ClassVar[int] = 64  # classes to a group whose maximum stands for it
+
+    @property
+    def k(self) -> int:
+        return int(self.numbers[0])
+
+    def identity(self, n, like):
+        return like.new_full((n, self.k), -math.inf), torch.full((n, self.k), -1, dtype=torch.int64, device=like.device)
+
+    def lift(self, tile, tensors):
+        return self._of_block(tile.logits(self.exclude_picks), tile.base)
+
+    def merge(self, a, b):
+        values, at = torch.cat((a[0], b[0]), -1).topk(self.k, -1)
+        return values, torch.cat((a[1], b[1]), -1).gather(-1, at)
+
+    def update(self, state, tile, tensors):
+        s = tile.logits(self.exclude_picks)
+        if s.device.type != "cpu":  # which rows to touch would be a host sync there
+            return self.merge(state, self._of_block(s, tile.base))
+        # A tile can only matter to rows whose k-th best it beats; `~(<=)` so that NaN counts as beating.
+        rows = (~(s.amax(-1) <= state[0][:, -1])).nonzero().squeeze(-1)
+        if rows.numel() == 0:
+            return state
+        if rows.numel() == s.shape[0]:
+            return self.merge(state, self._of_block(s, tile.base))
+        better = self.merge((state[0][rows], state[1][rows]), self._of_block(s[rows], tile.base))
+        state[0][rows], state[1][rows] = better
+        return state
+
+    def _of_block(self, s: Tensor, base: int) -> State:
+        """Top k of (n, c) logits whose first class is `base`.
+
+        The k largest lie in the k groups with the largest maxima: one pass of maxima, then k groups instead of c classes."""
+        n, c = s.shape
+        groups = c // self._GROUP
+        if groups <= 2 * self.k:
+            values, at = s.topk(min(self.k, c), -1)
+        else:
+            whole = groups * self._GROUP
+            grouped = s[:, :whole].unflatten(-1, (groups, self._GROUP))
+            _, best = grouped.amax(-1).topk(self.k, -1)
+            inside = grouped.gather(1, best.unsqueeze(-1).expand(-1, -1, self._GROUP)).flatten(1)
+            classes = (best.unsqueeze(-1) * self._GROUP + torch.arange(self._GROUP, device=s.device)).flatten(1)
+            if whole < c:
+                inside = torch.cat((inside, s[:, whole:]), -1)
+                tail = torch.arange(whole, c, device=s.device).expand(n, -1)
+                classes = torch.cat((classes, tail), -1)
+            values, pos = inside.topk(self.k, -1)
+            at = classes.gather(-1, pos)
+        missing = self.k - values.shape[-1]
+        if missing > 0:
+            values = torch.cat((values, values.new_full((n, missing), -math.inf)), -1)
+            return values, torch.cat((at + base, at.new_full((n, missing), -1)), -1)
+        return values, at + base

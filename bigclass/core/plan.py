@@ -1,0 +1,275 @@
+"""Which engine, which plan, which tiles, how much workspace, and why.
+
+Costs, with 2NCD flops called a pass:
+
+    gradients "forward"     3 passes. Whole rows must be known before their gradients, so logits of `chunk` rows x all C classes are kept
+                            at once; dw (fp32) is re-read once a chunk. Worth it while a chunk holds enough rows for a GEMM to run well.
+    gradients "recompute"   4 passes. Logits exist one tile at a time, in the forward and again in the backward; classes are the outer loop, so
+                            dw of a slab is finished before the next begins and needs no fp32 copy of the whole.
+
+A tile is `row_block` x `class_block` logits: big enough for the library's GEMM to run at its rate, small enough for the
+elementwise passes to find it in cache (CPU).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+
+import torch
+
+from bigclass.core.errors import ArgumentError
+
+MIB = 1 << 20
+
+ENGINES = ("auto", "dense", "tiled", "fused")
+GRADIENTS = ("auto", "forward", "recompute")
+
+# A problem whose logits fit here is run dense: below it the tiled engine's fixed cost (about 0.2 ms a call) shows.
+# Measured on two cores of an EPYC 9004 with `python -m benchmarks --shapes tiny small cpu`.
+DENSE_BYTES = 2 * MIB
+
+# Rows of a chunk under which its GEMMs lose more than the fourth pass of "recompute" costs.
+MIN_CHUNK_ROWS = 128
+
+# Elements of a tile. CPU: 8 MiB of fp32, which stays in the last-level cache between the GEMM and the folds. GPU: full GEMM rate.
+TILE_ELEMENTS = {"cpu": 1 << 21, "other": 1 << 24}
+CPU_ROW_BLOCK = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a user may ask of the planner (`planning` sets it).
+
+    workspace: bytes of temporary memory beyond inputs, outputs and gradients.
+    gradients: "forward", "recompute" or "auto". "recompute" also spares what activation checkpointing would pay twice.
+    """
+
+    workspace: int = 80 * MIB
+    gradients: str = "auto"
+
+
+_settings: ContextVar[Settings] = ContextVar("bigclass_settings", default=Settings())
+
+
+def settings() -> Settings:
+    """The planner's settings in force."""
+    return _settings.get()
+
+
+@contextmanager
+def planning(*, workspace: int | None = None, gradients: str | None = None) -> Iterator[Settings]:
+    """Change what the planner may use, within a `with` block.
+
+    Args:
+        workspace: bytes of temporary memory the engines may take (default 80 MiB). Smaller works too, slower.
+        gradients: "forward" (3 passes of GEMM flops; gradients are made with the loss), "recompute" (4 passes, least memory;
+            also right under activation checkpointing, which would pay for the forward's gradients twice) or "auto".
+
+    Raises:
+        ValueError: for a workspace below 1 MiB or an unknown `gradients`.
+
+    Example:
+        >>> with bigclass.planning(workspace=16 << 20):
+        ...     loss = bigclass.linear_cross_entropy(x, w, y)
+    """
+    new = settings()
+    if workspace is not None:
+        if workspace < MIB:
+            raise ArgumentError(f"workspace: expected at least {MIB} bytes (1 MiB), got {workspace}")
+        new = replace(new, workspace=int(workspace))
+    if gradients is not None:
+        if gradients not in GRADIENTS:
+            raise ArgumentError(f"gradients: expected one of {GRADIENTS}, got {gradients!r}")
+        new = replace(new, gradients=gradients)
+    token = _settings.set(new)
+    try:
+        yield new
+    finally:
+        _settings.reset(token)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What will be done. Printing it says why.
+
+    engine: "dense", "tiled" or "fused". gradients: "none", "forward" or "recompute".
+    chunk: rows whose logits over all classes are kept at once ("forward" only, else 0).
+    row_block x class_block: a tile. workspace: bytes of temporary memory. why: a sentence for each choice.
+    """
+
+    engine: str
+    gradients: str
+    chunk: int
+    row_block: int
+    class_block: int
+    workspace: int
+    why: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        passes = {"none": 1, "forward": 3, "recompute": 4}[self.gradients]
+        lines = [
+            f"engine     {self.engine}",
+            f"gradients  {self.gradients} ({passes} pass{'es' if passes > 1 else ''} of 2NCD flops)",
+            f"tiles      {self.row_block} rows x {self.class_block} classes" + (f", chunks of {self.chunk} rows" if self.chunk else ""),
+            f"workspace  {self.workspace / MIB:.1f} MiB",
+        ]
+        return "\n".join(lines + [f"  - {reason}" for reason in self.why])
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What the planner has to know of a problem.
+
+    n, c, d: rows, classes, features. scalar: is the loss a sum over rows (so that gradients can be made in the forward)?
+    grad: are gradients needed? half: are operands of a 16-bit type? wide: are sums in fp64? buffers: tile-sized work buffers.
+    device: the device's type.
+    """
+
+    n: int
+    c: int
+    d: int
+    device: str = "cpu"
+    scalar: bool = True
+    grad: bool = True
+    half: bool = False
+    wide: bool = False
+    buffers: int = 1
+
+    @property
+    def item(self) -> int:
+        return 8 if self.wide else 4
+
+
+def choose_engine(work: Work, engine: str = "auto") -> str:
+    """The engine for `engine`="auto" (or the one asked for), as a name."""
+    if engine not in ENGINES:
+        raise ArgumentError(f"engine: expected one of {ENGINES}, got {engine!r}")
+    if engine == "fused":
+        raise NotImplementedError("engine 'fused' (Triton) is not part of this version; use 'auto' or 'tiled'")
+    if engine != "auto":
+        return engine
+    return "dense" if work.n * work.c * work.item <= DENSE_BYTES else "tiled"
+
+
+def choose_gradients(work: Work, options: Settings) -> str:
+    """Where gradients are made: "none", "forward" or "recompute"."""
+    if not work.grad:
+        return "none"
+    if not work.scalar or options.gradients == "recompute":
+        return "recompute"
+    if options.gradients == "forward":
+        return "forward"
+    return "forward" if _chunk_rows(work, options) >= min(work.n, MIN_CHUNK_ROWS) else "recompute"
+
+
+def _chunk_rows(work: Work, options: Settings) -> int:
+    """Rows of logits that fit the workspace beside the tile buffers of the gradient."""
+    tiles = (work.buffers - 1) * min(_tile_elements(work, options), work.n * work.c) * work.item
+    return max(options.workspace - tiles - _widened(work, options), 0) // max(work.c * work.item, 1)
+
+
+def _tile_elements(work: Work, options: Settings) -> int:
+    wanted = TILE_ELEMENTS["cpu" if work.device == "cpu" else "other"]
+    return max(min(wanted, options.workspace // (2 * work.item * max(work.buffers, 1))), 1)
+
+
+def _widened(work: Work, options: Settings) -> int:
+    """Bytes for a tile's operands cast to fp32, and the slab of dw that is not fp32 in the end."""
+    return min(options.workspace // 4, 2 * work.d * 4096 * work.item) if work.half else 0
+
+
+def make_plan(work: Work, engine: str = "auto", options: Settings | None = None) -> Plan:
+    """The whole plan for a problem. Engines call it inside the op, `explain` outside: the same function, the same answer."""
+    options = options or settings()
+    n, c = max(work.n, 1), work.c
+    name = choose_engine(work, engine)
+    gradients = choose_gradients(work, options)
+    why = []
+    size = n * c * work.item
+    if name == "dense":
+        if engine == "dense":
+            why.append("asked for: logits are written out whole and differentiated by autograd")
+        else:
+            why.append(f"{n} x {c} logits are {size / MIB:.2f} MiB, under {DENSE_BYTES / MIB:.0f} MiB: fixed costs rule, so they are written out")
+        return Plan("dense", "none" if gradients == "none" else "forward", 0, n, c, size * (3 if work.grad else 2), tuple(why))
+    why.append("asked for" if engine == "tiled" else f"{n} x {c} logits would be {size / MIB:.0f} MiB: made a tile at a time instead")
+    elements = _tile_elements(work, options)
+    chunk = 0
+    if gradients == "forward":
+        fit = max(_chunk_rows(work, options), 1)
+        chunks = -(-n // fit)
+        chunk = -(-n // chunks)  # even chunks: the last one is no smaller than the others
+        row_block = chunk
+        class_block = _even(c, elements // chunk)
+        kept = chunk * c * work.item
+        why.append(f"{chunk} whole rows of logits ({kept / MIB:.1f} MiB) fit the workspace, so gradients are made with the loss: 3 passes instead of 4")
+        if work.half:
+            why.append("dw stays fp32 until the upstream gradient arrives (one C x D fp32 buffer)")
+        tiles = (work.buffers - 1) * chunk * class_block * work.item
+        return Plan(name, gradients, chunk, row_block, class_block, kept + tiles + _widened(work, options), tuple(why))
+    row_block = min(n, CPU_ROW_BLOCK) if work.device == "cpu" else n
+    row_block = max(min(row_block, elements // min(c, 1024)), 1)
+    row_block = -(-n // -(-n // row_block))
+    class_block = _even(c, elements // row_block)
+    if gradients == "recompute":
+        if not work.scalar:
+            why.append("the loss is not one sum over rows (or its statistics are wanted), so gradients recompute the tiles: 4 passes")
+        elif options.gradients == "recompute":
+            why.append("recompute was asked for")
+        else:
+            fit = _chunk_rows(work, options)
+            why.append(f"only {fit} whole rows of {c} logits fit the workspace: tiles are recomputed in the backward (4 passes, no fp32 copy of dw)")
+    else:
+        why.append("no gradients wanted: one pass")
+    tiles = work.buffers * row_block * class_block * work.item
+    return Plan(name, gradients, 0, row_block, class_block, tiles + _widened(work, options), tuple(why))
+
+
+def _even(total: int, most: int) -> int:
+    """The largest even share of `total` that is at most `most`, rounded up to 64 where that helps alignment."""
+    most = max(min(most, total), 1)
+    share = -(-total // -(-total // most))
+    aligned = -(-share // 64) * 64
+    return aligned if aligned <= most else share
+
+
+def explain(
+    rows: int,
+    classes: int,
+    features: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    requires_grad: bool = True,
+    reduction: str = "mean",
+    softcap: float | None = None,
+    engine: str = "auto",
+) -> Plan:
+    """What `linear_cross_entropy` would do for these shapes, and why.
+
+    Args:
+        rows, classes, features: N, C and D. dtype: of the features and the weights. device: where they lie.
+        requires_grad: will a backward follow? reduction: "none" needs the recompute plan. softcap: as in the call.
+        engine: as in the call.
+
+    Returns:
+        A `Plan`; print it.
+
+    Example:
+        >>> print(bigclass.explain(8192, 256000, 2304, dtype=torch.bfloat16))  # doctest: +SKIP
+    """
+    work = Work(
+        n=rows,
+        c=classes,
+        d=features,
+        device=torch.device(device).type,
+        scalar=reduction != "none",
+        grad=requires_grad,
+        half=dtype.itemsize == 2,
+        wide=dtype == torch.float64,
+        buffers=1 if softcap is None else 3,
+    )
+    return make_plan(work, engine)

@@ -1,0 +1,36 @@
+"""Row losses: what makes one loss differ from another.
+
+A row loss is a few lines of plain PyTorch on N-vectors, differentiable by plain autograd:
+
+    loss_i = row_loss(folds, picked, args, numbers)
+
+folds: the state of each row fold, its parts (n,) (or (n, k) where a fold keeps k numbers a row). picked: (n, K), 0 where the pick is -1.
+args: tensors whose first axis is the row (targets, weights); those that require gradients get them. numbers: constants.
+It is applied to a chunk of rows at a time, so row i must depend on row i alone. Column folds do not reach it.
+It crosses the custom op by name: register it with `@register_row_loss("name")`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from bigclass.core.errors import ArgumentError
+
+RowLoss = Callable[[Sequence[tuple[Tensor, ...]], Tensor, Sequence[Tensor], Sequence[float]], Tensor]
+
+ROW_LOSSES: dict[str, RowLoss] = {}
+
+
+def register_row_loss(name: str) -> Callable[[RowLoss], RowLoss]:
+    """Make a row loss known under `name`."""
+
+    def decorate(function: RowLoss) -> RowLoss:
+        taken = ROW_LOSSES.get(name)
+        if taken is not None and taken.__qualname__ != function.__qualname__:  # type: ignore[attr-defined]
+            raise ArgumentError(f"row loss {name!r} is taken by {taken}; choose another name")
+        ROW_LOSSES[name] = function
+        return function
+
+    return decorate

@@ -1,0 +1,250 @@
+"""The recipe of the logits.
+
+A stream says how the logit of row i and class j is made, without making it:
+
+    z_ij = scale * (class_scale_j * (sum over pairs p of x_p[i] . w_p[j]  +  given_ij) + bias_j)
+    s_ij = maps(z_ij)
+
+Several operand pairs are a sum of products (a LoRA head is two pairs, and no copy of w is made).
+`class_scale` is 1/||w_j|| for normalised heads. `given` is a stored N x C tensor, read tile by tile.
+The leading scale is not a map of its own but part of z, because a product by a scalar commutes with the GEMM:
+it costs nothing in a tile, and its gradient is sum_ij (dL/dz_ij)(z_ij/scale) = <x, dx_raw> + <b, db_raw>,
+two dot products over N x D and C numbers instead of one more pass over N x C.
+
+Maps bend the logits: each is a small class with a torch form and a Triton form, registered by name, because a custom
+op takes tensors, numbers and strings but no objects. To add one, subclass `Map` under `@register_map`; engines need no edit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from bigclass.core.errors import ArgumentError, ArgumentTypeError
+from bigclass.core.triton_form import TritonForm, triton_form
+
+if TYPE_CHECKING:  # names inside Triton forms; bound when the form is compiled
+    import triton.language as tl
+    from triton.language.extra import libdevice
+
+
+@dataclass(frozen=True, eq=False)
+class Map:
+    """An elementwise function of the logits, s = f(z; numbers, tensors).
+
+    numbers: constants. tensors: learnable parameters of shape [] or [1]; they get gradients.
+    """
+
+    numbers: tuple[float, ...] = ()
+    tensors: tuple[Tensor, ...] = ()
+
+    name: ClassVar[str] = ""
+    needs_input: ClassVar[bool] = True  # does `backward` read z? (s is always there)
+
+    @staticmethod
+    def forward(z: Tensor, numbers: Sequence[float], tensors: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+        """s from z, elementwise. Write to `out` when it is given (it may be z itself)."""
+        raise NotImplementedError
+
+    @staticmethod
+    def backward(g: Tensor, z: Tensor | None, s: Tensor, numbers: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
+        """dL/dz from g = dL/ds. May overwrite g. z is None unless `needs_input`."""
+        raise NotImplementedError
+
+    @staticmethod
+    def tensor_gradients(
+        g: Tensor, z: Tensor | None, s: Tensor, numbers: Sequence[float], tensors: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """dL/dtensor for each tensor, summed over this tile. Called before `backward` and must leave g alone."""
+        return ()
+
+    forward_triton: ClassVar[TritonForm | None] = None
+    backward_triton: ClassVar[TritonForm | None] = None
+
+
+MAPS: dict[str, type[Map]] = {}
+
+
+def register_map(cls: type[Map]) -> type[Map]:
+    """Make a `Map` known under its `name`, so that it can cross a custom op."""
+    _check_name(cls.name, MAPS, cls)
+    MAPS[cls.name] = cls
+    return cls
+
+
+def _check_name(name: str, registry: dict, cls: type) -> None:
+    if not name or not all(c.isalnum() or c in "_." for c in name):
+        raise ArgumentError(f"{cls.__name__}.name must be letters, digits, '_' or '.', got {name!r}")
+    if name in registry and registry[name].__qualname__ != cls.__qualname__:
+        raise ArgumentError(f"{cls.__name__}.name {name!r} is taken by {registry[name].__qualname__}; choose another name")
+
+
+@register_map
+@dataclass(frozen=True, eq=False)
+class Scale(Map):
+    """s = a z, with a a number or a learnable scalar tensor. As the first map it is absorbed into the stream's scale."""
+
+    name: ClassVar[str] = "scale"
+    needs_input: ClassVar[bool] = True
+
+    @classmethod
+    def by(cls, factor: float | Tensor) -> Scale:
+        """The map that multiplies by `factor`."""
+        return cls(tensors=(factor,)) if isinstance(factor, Tensor) else cls(numbers=(float(factor),))
+
+    @staticmethod
+    def forward(z, numbers, tensors, out=None):
+        return torch.mul(z, tensors[0].reshape(()) if tensors else numbers[0], out=out)
+
+    @staticmethod
+    def backward(g, z, s, numbers, tensors):
+        return g.mul_(tensors[0].reshape(()) if tensors else numbers[0])
+
+    @staticmethod
+    def tensor_gradients(g, z, s, numbers, tensors):
+        return ((g * z).sum().reshape(tensors[0].shape),) if tensors else ()
+
+    @triton_form
+    def forward_triton(z, a):  # noqa: N805 - a device function, not a method
+        return z * a
+
+    @triton_form
+    def backward_triton(g, s, a):  # noqa: N805
+        return g * a
+
+
+@register_map
+@dataclass(frozen=True, eq=False)
+class Softcap(Map):
+    """s = c tanh(z / c): keeps |s| below c (Gemma 2, arXiv:2408.00118). ds/dz = 1 - (s/c)^2, from s alone."""
+
+    name: ClassVar[str] = "softcap"
+    needs_input: ClassVar[bool] = False
+
+    @classmethod
+    def at(cls, cap: float) -> Softcap:
+        """The soft cap at `cap` > 0."""
+        if not cap > 0:
+            raise ArgumentError(f"softcap must be greater than 0, got {cap}; leave it None for no cap")
+        return cls(numbers=(float(cap),))
+
+    @staticmethod
+    def forward(z, numbers, tensors, out=None):
+        s = torch.mul(z, 1.0 / numbers[0], out=out)
+        s = torch.tanh(s, out=out)
+        return torch.mul(s, numbers[0], out=out)
+
+    @staticmethod
+    def backward(g, z, s, numbers, tensors):
+        # g - g (s/c)^2 in two passes and no buffer beyond one product
+        return g.addcmul_(g * s, s, value=-1.0 / numbers[0] ** 2)
+
+    @triton_form
+    def forward_triton(z, c):  # noqa: N805
+        return c * libdevice.tanh(z / c)
+
+    @triton_form
+    def backward_triton(g, s, c):  # noqa: N805
+        return g * (1.0 - (s / c) * (s / c))
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """How the logits of N rows over C classes are made (module docstring has the formula).
+
+    pairs: ((x_p (N, D_p), w_p (C, D_p)), ...). bias: (C,). class_scale: (C,). given: (N, C).
+    scale: a number times, if `scale_tensor` (shape [] or [1]) is there, a learnable scalar. maps: applied in order.
+    compute_dtype: what the products' operands are cast to, tile by tile, on devices with units for it
+    (autocast sets it); None: the wider of each pair's dtypes. Sums are always in fp32 (fp64 for fp64 operands).
+    """
+
+    pairs: tuple[tuple[Tensor, Tensor], ...] = ()
+    bias: Tensor | None = None
+    class_scale: Tensor | None = None
+    given: Tensor | None = None
+    scale: float = 1.0
+    scale_tensor: Tensor | None = None
+    maps: tuple[Map, ...] = ()
+    compute_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        # A leading Scale is absorbed: exact, and free in every tile.
+        maps, scale, tensor = list(self.maps), self.scale, self.scale_tensor
+        while maps and isinstance(maps[0], Scale) and not (maps[0].tensors and tensor is not None):
+            first = maps.pop(0)
+            if first.tensors:
+                tensor = first.tensors[0]
+            else:
+                scale = scale * first.numbers[0]
+        object.__setattr__(self, "maps", tuple(maps))
+        object.__setattr__(self, "scale", scale)
+        object.__setattr__(self, "scale_tensor", tensor)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, C)"""
+        if self.pairs:
+            return self.pairs[0][0].shape[0], self.pairs[0][1].shape[0]
+        assert self.given is not None
+        return self.given.shape[0], self.given.shape[1]
+
+    @property
+    def features(self) -> int:
+        """D, summed over the pairs."""
+        return sum(x.shape[1] for x, _ in self.pairs)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor of the stream, in the order of the recipe string."""
+        own = [t for pair in self.pairs for t in pair]
+        own += [t for t in (self.bias, self.class_scale, self.given, self.scale_tensor) if t is not None]
+        return own + [t for m in self.maps for t in m.tensors]
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors[0].device
+
+    @property
+    def accumulate_dtype(self) -> torch.dtype:
+        """fp64 if any operand of the products is fp64, else fp32."""
+        operands = [t for pair in self.pairs for t in pair] + ([self.given] if self.given is not None else [])
+        return torch.float64 if any(t.dtype == torch.float64 for t in operands) else torch.float32
+
+    def check(self) -> None:
+        """Raise for shapes, dtypes or devices that do not fit together."""
+        if not self.pairs and self.given is None:
+            raise ArgumentError("a stream needs at least one operand pair or a given N x C tensor")
+        n, c = self.shape
+        for p, (x, w) in enumerate(self.pairs):
+            if x.dim() != 2 or w.dim() != 2 or x.shape[1] != w.shape[1]:
+                raise ArgumentError(f"pair {p}: expected x (N, D) and w (C, D), got {tuple(x.shape)} and {tuple(w.shape)}")
+            if x.shape[0] != n or w.shape[0] != c:
+                raise ArgumentError(f"pair {p}: expected {n} rows and {c} classes, got {x.shape[0]} and {w.shape[0]}")
+        for label, t, shape in (
+            ("bias", self.bias, (c,)),
+            ("class_scale", self.class_scale, (c,)),
+            ("given", self.given, (n, c)),
+        ):
+            if t is not None and tuple(t.shape) != shape:
+                raise ArgumentError(f"{label}: expected shape {shape}, got {tuple(t.shape)}")
+        if self.scale_tensor is not None and self.scale_tensor.numel() != 1:
+            raise ArgumentError(f"scale: expected a tensor of shape () or (1,), got {tuple(self.scale_tensor.shape)}")
+        for t in self.tensors:
+            if not t.is_floating_point():
+                raise ArgumentTypeError(f"a stream's tensors must be floating point, got {t.dtype}")
+            if t.device != self.device:
+                raise ArgumentError(f"a stream's tensors must be on one device, got {self.device} and {t.device}")
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Stream:
+        """The same recipe over other tensors (in the order of `tensors`)."""
+        it = iter(tensors)
+        pairs = tuple((next(it), next(it)) for _ in self.pairs)
+        optional = [None if t is None else next(it) for t in (self.bias, self.class_scale, self.given, self.scale_tensor)]
+        maps = tuple(replace(m, tensors=tuple(next(it) for _ in m.tensors)) for m in self.maps)
+        return replace(
+            self, pairs=pairs, bias=optional[0], class_scale=optional[1], given=optional[2], scale_tensor=optional[3], maps=maps
+        )

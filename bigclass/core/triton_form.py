@@ -1,0 +1,39 @@
+"""Triton forms beside torch forms, without importing Triton.
+
+A map or a fold is written twice: in torch, for the tiled engine, and as a Triton device function,
+for the fused one. The two stand side by side in one file. Triton is optional, so the decorator
+below keeps the plain Python function and compiles it only when an engine asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+class TritonForm:
+    """A Triton device function that is compiled when `.jit` is first read.
+
+    Inside the function `tl` means `triton.language` and `libdevice` means `triton.language.extra.libdevice`.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self._jit: Any = None
+
+    @property
+    def jit(self) -> Any:
+        """The `triton.JITFunction`. Raises ImportError where Triton is not installed."""
+        if self._jit is None:
+            import triton
+            import triton.language as tl
+            from triton.language.extra import libdevice
+
+            self.function.__globals__.update(tl=tl, libdevice=libdevice)
+            self._jit = triton.jit(self.function)
+        return self._jit
+
+
+def triton_form(function: Callable[..., Any]) -> TritonForm:
+    """Mark a function as the Triton form of the torch function beside it."""
+    return TritonForm(function)

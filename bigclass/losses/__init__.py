@@ -1,0 +1,1 @@
+"""Losses: arithmetic on the N-vectors that the core returns."""

@@ -1,0 +1,103 @@
+"""From a user's arguments (torch's words, any leading axes) to a stream (x (N, D), w (C, D), b (C,))."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bigclass.core.errors import ArgumentError, ArgumentTypeError
+from bigclass.core.stream import Map, Scale, Softcap, Stream
+
+INDEX_DTYPES = (torch.int64, torch.int32)
+
+
+def check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, *, weight_dims: int | None = 2) -> None:
+    """Raise unless input (..., D), linear_weight (C, [d_1, ..., d_K,] D) and linear_bias (C, [d_1, ..., d_K]) fit together."""
+    tensors = [("input", input), ("linear_weight", linear_weight)] + ([] if linear_bias is None else [("linear_bias", linear_bias)])
+    for name, t in tensors:
+        if not isinstance(t, Tensor):
+            raise ArgumentTypeError(f"{name}: expected a tensor, got {type(t).__name__}")
+        if not t.is_floating_point():
+            raise ArgumentTypeError(f"{name}: expected a floating-point tensor, got {t.dtype}")
+        if t.device != input.device:
+            raise ArgumentError(f"{name}: expected device {input.device} (that of input), got {t.device}")
+    if input.dim() < 1:
+        raise ArgumentError("input: expected at least one axis (..., D), got a scalar")
+    if linear_weight.dim() < 2 or (weight_dims is not None and linear_weight.dim() != weight_dims):
+        raise ArgumentError(f"linear_weight: expected shape (C, D), got {tuple(linear_weight.shape)}")
+    if input.shape[-1] != linear_weight.shape[-1]:
+        raise ArgumentError(
+            f"linear_weight: expected {input.shape[-1]} features in its last axis (as input {tuple(input.shape)}), "
+            f"got {linear_weight.shape[-1]}"
+        )
+    if linear_weight.shape[-1] < 1 or linear_weight.shape[0] < 1:
+        raise ArgumentError(f"linear_weight: expected at least one class and one feature, got {tuple(linear_weight.shape)}")
+    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
+        raise ArgumentError(f"linear_bias: expected shape {tuple(linear_weight.shape[:-1])}, got {tuple(linear_bias.shape)}")
+
+
+def make_stream(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float | Tensor | None,
+    temperature: float = 1.0,
+) -> Stream:
+    """The stream softcap(logit_scale * (x w^T + b)) / temperature over the rows of input."""
+    maps: list[Map] = []
+    if logit_scale is not None:
+        check_scale(logit_scale, input)
+        maps.append(Scale.by(logit_scale))
+    if softcap is not None:
+        maps.append(Softcap.at(softcap))
+    if temperature != 1.0:
+        maps.append(Scale.by(1.0 / temperature))
+    device = input.device.type
+    compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    x = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
+    return Stream(((x, linear_weight),), bias=linear_bias, maps=tuple(maps), compute_dtype=compute)
+
+
+def check_scale(logit_scale: float | Tensor, input: Tensor) -> None:
+    """Raise unless logit_scale is a number or a floating-point scalar tensor on input's device."""
+    if isinstance(logit_scale, Tensor):
+        if logit_scale.numel() != 1 or not logit_scale.is_floating_point():
+            raise ArgumentError(
+                f"logit_scale: expected a number or a floating-point tensor of shape () or (1,), got {logit_scale.dtype} {tuple(logit_scale.shape)}"
+            )
+        if logit_scale.device != input.device:
+            raise ArgumentError(f"logit_scale: expected device {input.device} (that of input), got {logit_scale.device}")
+
+
+def check_index(name: str, index: Tensor, device: torch.device) -> None:
+    """Raise unless index is an int64 or int32 tensor on `device`."""
+    if index.dtype not in INDEX_DTYPES:
+        raise ArgumentTypeError(f"{name}: expected int64 or int32 class indices, got {index.dtype}")
+    if index.device != device:
+        raise ArgumentError(f"{name}: expected device {device} (that of input), got {index.device}")
+
+
+def check_range(name: str, index: Tensor, keep: Tensor | None, classes: int) -> None:
+    """Raise IndexError for a kept index outside [0, C), where looking costs no host sync. Elsewhere the op itself asserts."""
+    if torch.compiler.is_compiling() or index.device.type != "cpu" or index.numel() == 0:
+        return
+    wrong = (index < 0) | (index >= classes)
+    if keep is not None:
+        wrong &= keep
+    if bool(wrong.any()):
+        raise IndexError(f"{name}: expected class indices in [0, {classes}), got {int(index[wrong][0])}")
+
+
+def kept_picks(index: Tensor, keep: Tensor | None, classes: int) -> Tensor:
+    """Picks for index (N,): -1 where not kept. A kept negative index becomes C, so that the op's own check sees it."""
+    picks = torch.where(index < 0, classes, index)
+    return (picks if keep is None else torch.where(keep, picks, -1)).unsqueeze(-1)
+
+
+def kept_rows(index: Tensor, ignore_index: int) -> Tensor | None:
+    """(N,) bool, False where ignored; None if it is known that nothing is (known: on a CPU, outside a traced graph)."""
+    keep = index != ignore_index
+    if not torch.compiler.is_compiling() and index.device.type == "cpu" and bool(keep.all()):
+        return None
+    return keep
