@@ -317,7 +317,7 @@ def _squeeze(state: State) -> State:
 
 def _work(stream: Stream, folds: Sequence[Fold], *, scalar: bool, grad: bool = True) -> Work:
     n, c = stream.shape
-    lone = len(folds) == 1 and folds[0].overwrites and not stream.maps
+    lone = len(folds) == 1 and folds[0].overwrites and len(stream.maps) == 0
     return Work(
         n=n,
         c=c,

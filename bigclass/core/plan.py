@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
 import torch
@@ -51,17 +50,20 @@ class Settings:
     gradients: str = "auto"
 
 
-_settings: ContextVar[Settings] = ContextVar("bigclass_settings", default=Settings())
+# One for the process. A ContextVar would be tidier, but torch.compile cannot trace one; this global it guards on.
+_settings = Settings()
 
 
 def settings() -> Settings:
     """The planner's settings in force."""
-    return _settings.get()
+    return _settings
 
 
 @contextmanager
 def planning(*, workspace: int | None = None, gradients: str | None = None) -> Iterator[Settings]:
-    """Change what the planner may use, within a `with` block.
+    """Change what the planner may use, within a `with` block (for the whole process).
+
+    A backward uses the settings that its forward ran under.
 
     Args:
         workspace: bytes of temporary memory the engines may take (default 80 MiB). Smaller works too, slower.
@@ -75,7 +77,8 @@ def planning(*, workspace: int | None = None, gradients: str | None = None) -> I
         >>> with bigclass.planning(workspace=16 << 20):
         ...     loss = bigclass.linear_cross_entropy(x, w, y)
     """
-    new = settings()
+    global _settings
+    before = new = _settings
     if workspace is not None:
         if workspace < MIB:
             raise ArgumentError(f"workspace: expected at least {MIB} bytes (1 MiB), got {workspace}")
@@ -84,11 +87,11 @@ def planning(*, workspace: int | None = None, gradients: str | None = None) -> I
         if gradients not in GRADIENTS:
             raise ArgumentError(f"gradients: expected one of {GRADIENTS}, got {gradients!r}")
         new = replace(new, gradients=gradients)
-    token = _settings.set(new)
+    _settings = new
     try:
         yield new
     finally:
-        _settings.reset(token)
+        _settings = before
 
 
 @dataclass(frozen=True, slots=True)

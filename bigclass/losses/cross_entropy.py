@@ -22,6 +22,7 @@ from torch import Tensor
 
 from bigclass.core.errors import ArgumentError, ArgumentTypeError
 from bigclass.core.folds import Dot, Fold, LogSumExp, TopK, Total, log_sum, log_sum_exp
+from bigclass.core.guards import autocast_off
 from bigclass.core.op import reduce_logits, stream_loss
 from bigclass.core.row_losses import ROW_LOSSES, register_row_loss
 from bigclass.core.stream import Stream
@@ -288,7 +289,8 @@ def _prepare(task: _Task) -> _Prepared:
     smooth_folds = (Total(tensors=() if v is None else (v,)),) if eps else ()
     smooth_mass = None if not eps else (one * eps if v is None else v.sum() * (eps / c))
     if target.dim() == 2:
-        sums = target.sum(-1, dtype=wide) if v is None else torch.cat([part.to(wide) @ v for part in target.split(1024)])
+        with autocast_off(target.device):
+            sums = target.sum(-1, dtype=wide) if v is None else torch.cat([part.to(wide) @ v for part in target.split(1024)])
         factors = [(1.0 - eps) * sums + (smooth_mass if smooth_mass is not None else 0.0), one * (1.0 - eps)]
         factors += [one * (eps / c)] if eps else []
         folds = (LogSumExp(), Dot(tensors=(target,) if v is None else (target, v)), *smooth_folds)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bigclass.core.folds import Fold, State, Tile
+from bigclass.core.guards import autocast_off
 from bigclass.core.stream import Stream
 
 
@@ -45,7 +46,8 @@ def logits(stream: Stream, keep: Tensor | None = None) -> Tensor:
 
 def reduce(stream: Stream, picks: Tensor | None, keep: Tensor | None, folds: Sequence[Fold]) -> tuple[list[State], Tensor | None]:
     """The states of all folds and the picked logits (N, K), differentiable."""
-    s = logits(stream, keep)
+    with autocast_off(stream.device):  # or its products would be rounded to 16 bits
+        s = logits(stream, keep)
     picked = mask = None
     if picks is not None:
         at = picks.clamp_min(0)
