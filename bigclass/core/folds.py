@@ -156,8 +156,8 @@ def register_fold(cls: type[Fold]) -> type[Fold]:
 
 
 def _finite(m: Tensor) -> Tensor:
-    """The reference point: m, or 0 where nothing was folded yet (-inf - -inf would be NaN)."""
-    return m.masked_fill(m == -math.inf, 0.0)
+    """The reference point: m, or the least finite number where nothing was folded yet (-inf - -inf would be NaN)."""
+    return m.clamp_min(torch.finfo(m.dtype).min)
 
 
 @register_fold
@@ -216,9 +216,8 @@ def log_sum_exp(state: State) -> Tensor:
 
 
 def log_sum(state: State) -> Tensor:
-    """log l, -inf with a zero gradient (not NaN) where nothing was folded."""
-    empty = state[1] == 0
-    return state[1].masked_fill(empty, 1.0).log().masked_fill(empty, -math.inf)
+    """log l. Where nothing was folded (l = 0, and only there m = -inf) it is finite with a zero gradient, where log 0 would make NaN."""
+    return state[1].clamp_min(torch.finfo(state[1].dtype).tiny).log()
 
 
 @register_fold

@@ -52,10 +52,8 @@ def reduce_logits(
         IndexError: a pick outside [-1, C). ValueError, TypeError: shapes, dtypes or devices that do not fit.
     """
     _check(stream, picks, folds, keep)
-    work = _work(stream, folds, scalar=False)
-    name = choose_engine(work, engine)
+    name = engine if engine == "dense" else choose_engine(_work(stream, folds, scalar=False), engine)
     if name == "dense":
-        _check_picks(picks, stream.shape[1])
         states, picked = dense.reduce(stream, picks, keep, folds)
     else:
         refuse_transforms([*stream.tensors, *(t for f in folds for t in f.tensors)])
@@ -89,7 +87,7 @@ def stream_loss(
         row_loss: the name of a registered row loss. args: its tensors, each with N rows. numbers: its constants.
 
     Returns:
-        The sum, in fp32 (float64 for float64 streams). Gradients reach the stream's tensors, the folds' and args.
+        The sum, in fp32 (float64 for float64 streams; float64 args make the sum itself run in float64). Gradients reach the stream's tensors, the folds' and args.
     """
     if row_loss not in ROW_LOSSES:
         raise KeyError(f"row_loss: no {row_loss!r} is registered; known: {sorted(ROW_LOSSES)}")
@@ -98,18 +96,18 @@ def stream_loss(
     for a in args:
         if a.shape[0] != stream.shape[0]:
             raise ArgumentError(f"args: expected tensors with {stream.shape[0]} rows, got shape {tuple(a.shape)}")
-    tensors = [*stream.tensors, *(t for f in folds for t in f.tensors), *args]
+    tensors = [*stream.tensors, *[t for f in folds for t in f.tensors], *args]
     needs = [t.requires_grad and torch.is_grad_enabled() for t in tensors]
-    work = _work(stream, folds, scalar=True, grad=any(needs))
     options = settings()
-    if choose_engine(work, engine) == "dense" or choose_gradients(work, options) == "recompute":
-        states, picked = reduce_logits(stream, picks, folds, keep=keep, engine=engine)
-        loss = ROW_LOSSES[row_loss](states, picked, args, numbers)
-        return (loss if keep is None else torch.where(keep, loss, 0.0)).sum()
+    work = _work(stream, folds, scalar=True, grad=any(needs))
+    name = choose_engine(work, engine)
+    if name == "dense" or choose_gradients(work, options) == "recompute":
+        states, picked = reduce_logits(stream, picks, folds, keep=keep, engine=name)
+        return _sum(ROW_LOSSES[row_loss](states, picked, args, numbers), keep, stream)
     _check(stream, picks, folds, keep)
     refuse_transforms(tensors)
     recipe, constants, tensors = pack(stream, folds)
-    plan = f"{choose_engine(work, engine)},{options.gradients},{options.workspace}"
+    plan = f"{name},{options.gradients},{options.workspace}"
     return _stream_loss(tensors, picks, keep, list(args), recipe, constants, row_loss, [*numbers, 0.0], plan, needs)[0]
 
 
@@ -121,7 +119,7 @@ def _reduce(
     tensors: list[Tensor], picks: Tensor | None, keep: Tensor | None, recipe: str, numbers: list[float], plan: str, needs: list[bool]
 ) -> list[Tensor]:
     stream, folds = unpack(recipe, numbers, tensors)
-    _assert_picks(picks, stream.shape[1], keep)
+    _assert_picks(picks, stream.shape[1])
     with autocast_off(stream.device):
         chosen = _plan(plan, _work(stream, folds, scalar=False, grad=False))
         states, picked = streaming_engine(chosen.engine).reduce(stream, picks, keep, folds, chosen)
@@ -205,11 +203,11 @@ def _stream_loss(
     row_loss: str, row_numbers: list[float], plan: str, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     stream, folds = unpack(recipe, numbers, tensors)
-    _assert_picks(picks, stream.shape[1], keep)
+    _assert_picks(picks, stream.shape[1])
     arg_needs = needs[len(tensors) :]
 
-    def evaluate(states: list[State], picked: Tensor | None, chunk: list[Tensor]):
-        return _row_loss_gradients(row_loss, row_numbers, folds, states, picked, chunk, arg_needs, keep if keep is not None and keep.is_cuda else None)
+    def evaluate(states: list[State], picked: Tensor | None, chunk: list[Tensor], mask: Tensor | None):
+        return _row_loss_gradients(row_loss, row_numbers, folds, states, picked, chunk, arg_needs, mask)
 
     with autocast_off(stream.device):
         chosen = _plan(plan, _work(stream, folds, scalar=True, grad=any(needs)))
@@ -217,7 +215,7 @@ def _stream_loss(
         if not any(needs):
             states, picked = module.reduce(stream, picks, keep, folds, chosen)
             loss = ROW_LOSSES[row_loss]([_squeeze(s) for s in states], picked, args, row_numbers)
-            return [(loss if keep is None else torch.where(keep, loss, 0.0)).sum()]
+            return [_sum(loss, keep, stream)]
         loss, grads = module.stream_loss(stream, picks, keep, folds, evaluate, args, chosen, needs)
     return [loss, *grads]
 
@@ -230,14 +228,14 @@ def _(tensors, picks, keep, args, recipe, numbers, row_loss, row_numbers, plan, 
     return [loss] + [_fake_gradient(t, wide) for t in _needed([*tensors, *args], needs)]
 
 
-def _row_loss_gradients(row_loss, numbers, folds, states, picked, args, arg_needs, keep):
+def _row_loss_gradients(row_loss, numbers, folds, states, picked, args, arg_needs, mask):
     """One chunk's row losses and their derivatives, by plain autograd on N-vectors."""
     with autograd_inside_op():
         leaves = [tuple([t.detach().requires_grad_(d) for t, d in zip(s, f.differentiable, strict=True)]) for s, f in zip(states, folds, strict=True)]
         picked = None if picked is None else picked.detach().requires_grad_()
         args = [a.detach().requires_grad_(need) for a, need in zip(args, arg_needs, strict=True)]
         total = ROW_LOSSES[row_loss]([_squeeze(s) for s in leaves], picked, args, numbers)
-        total = total.sum()
+        total = (total if mask is None else torch.where(mask, total, 0.0)).sum()
         wanted = [t for s in leaves for t in s if t.requires_grad]
         wanted += ([] if picked is None else [picked]) + [a for a in args if a.requires_grad]
         grads = iter(torch.autograd.grad(total, wanted, allow_unused=True) if total.requires_grad else [None] * len(wanted))
@@ -296,6 +294,10 @@ _stream_loss.register_autograd(_stream_loss_gradients, setup_context=_stream_los
 
 
 # --- plumbing -------------------------------------------------------------------------------------------------------------------
+
+
+def _sum(loss: Tensor, keep: Tensor | None, stream: Stream) -> Tensor:
+    return (loss if keep is None else torch.where(keep, loss, 0.0)).sum().to(stream.accumulate_dtype)
 
 
 def _needed(tensors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
@@ -359,13 +361,7 @@ def _check(stream: Stream, picks: Tensor | None, folds: Sequence[Fold], keep: Te
                 raise ArgumentError(f"fold {f.name!r}: a vector along the folded axis is a constant and gets no gradient; detach it")
 
 
-def _check_picks(picks: Tensor | None, c: int) -> None:
-    """The dense engine's check; inside a traced graph the gather itself checks."""
-    if picks is not None and not torch.compiler.is_compiling():
-        _assert_picks(picks, c, None)
-
-
-def _assert_picks(picks: Tensor | None, c: int, keep: Tensor | None) -> None:
+def _assert_picks(picks: Tensor | None, c: int) -> None:
     if picks is None or picks.numel() == 0:
         return
     if picks.device.type == "cpu":

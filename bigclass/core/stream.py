@@ -206,13 +206,15 @@ class Stream:
 
     @property
     def device(self) -> torch.device:
-        return self.tensors[0].device
+        return self.pairs[0][0].device if self.pairs else self.tensors[0].device
 
     @property
     def accumulate_dtype(self) -> torch.dtype:
         """fp64 if any operand of the products is fp64, else fp32."""
-        operands = [t for pair in self.pairs for t in pair] + ([self.given] if self.given is not None else [])
-        return torch.float64 if any(t.dtype == torch.float64 for t in operands) else torch.float32
+        for x, w in self.pairs:
+            if x.dtype == torch.float64 or w.dtype == torch.float64:
+                return torch.float64
+        return torch.float64 if self.given is not None and self.given.dtype == torch.float64 else torch.float32
 
     def check(self) -> None:
         """Raise for shapes, dtypes or devices that do not fit together."""
@@ -233,11 +235,12 @@ class Stream:
                 raise ArgumentError(f"{label}: expected shape {shape}, got {tuple(t.shape)}")
         if self.scale_tensor is not None and self.scale_tensor.numel() != 1:
             raise ArgumentError(f"scale: expected a tensor of shape () or (1,), got {tuple(self.scale_tensor.shape)}")
+        device = self.device
         for t in self.tensors:
             if not t.is_floating_point():
                 raise ArgumentTypeError(f"a stream's tensors must be floating point, got {t.dtype}")
-            if t.device != self.device:
-                raise ArgumentError(f"a stream's tensors must be on one device, got {self.device} and {t.device}")
+            if t.device != device:
+                raise ArgumentError(f"a stream's tensors must be on one device, got {device} and {t.device}")
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Stream:
         """The same recipe over other tensors (in the order of `tensors`)."""

@@ -82,7 +82,8 @@ def prepare_loss_layer(name: str, settings: DemoSettings) -> Callable[[], tuple[
             loss = head(hidden, labels)
         return torch.autograd.grad(loss, (hidden, head.weight))
 
-    gradients(hidden[:1, :16], labels[:1, :16])  # lazy imports, thread pools and library handles are no part of the layer
+    # Lazy imports, thread pools and library handles are no part of the layer. One sequence, for a shorter one may take another engine.
+    gradients(hidden[:1], labels[:1])
     return lambda: gradients(hidden, labels)
 
 

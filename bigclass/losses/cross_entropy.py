@@ -15,6 +15,7 @@ All constant factors, that divisor included, enter as row vectors, so that the u
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -50,13 +51,12 @@ def index_row_loss(folds, picked, args, numbers):
     smooth, z = bool(numbers[0]), bool(numbers[1])
     rest, s = folds[0], picked[:, 0]
     # torch's loss is NaN for an infinite target logit; the excluded form alone would call it certain
-    s = torch.where(s == torch.inf, torch.nan, s)
-    lse_rest = log_sum_exp(rest)
+    s = s.masked_fill(s == torch.inf, torch.nan)
     gap = (rest[0] - s) + log_sum(rest)
     nll = torch.logaddexp(gap, torch.zeros_like(gap))
     loss = args[0] * nll
     if smooth or z:
-        lse = torch.logaddexp(lse_rest, s)
+        lse = torch.logaddexp(log_sum_exp(rest), s)
         if smooth:
             loss = loss + (args[1] * lse - args[2] * folds[1][0])
         if z:
@@ -245,29 +245,38 @@ def _finish(tasks: list[_Task], shape, reduction: str, return_stats: bool):
     prepared = [_prepare(task) for task in tasks]
     factor = None
     if reduction == "mean":
-        mass, rows = (sum(parts) for parts in zip(*((p.mass, p.rows) for p in prepared), strict=True))
-        factor = (1.0 / mass, 1.0 / rows)
+        factor = _inverse(sum([p.mass for p in prepared])), _inverse(sum([p.rows for p in prepared]))
     outs = [_run(p, factor, reduction == "none", return_stats) for p in prepared]
     if reduction == "none":
         loss = _join([loss for loss, _ in outs], shape)
     else:
         loss = outs[0][0] if len(outs) == 1 else torch.stack([loss for loss, _ in outs]).sum()
-        if factor is not None:
+        if factor is not None and (isinstance(factor[0], Tensor) or math.isinf(factor[0])):
             loss = loss + factor[0] * 0.0  # nothing kept: 0 / 0, which is torch's answer too
+            loss = loss.to(tasks[0].stream.accumulate_dtype)
     if not return_stats:
         return loss
     stats = [s for _, s in outs]
     return loss, Stats(_join([s.lse for s in stats], shape), _join([s.correct for s in stats], shape))
 
 
+def _inverse(mass: float | Tensor) -> float | Tensor:
+    return 1.0 / mass if isinstance(mass, Tensor) or mass else math.inf
+
+
 def _join(parts: list[Tensor], shape) -> Tensor:
     return (parts[0] if len(parts) == 1 else torch.stack(parts, 1)).reshape(shape)
+
+
+def _factor_dtype(stream: Stream) -> torch.dtype:
+    """Of the row factors and of the sum over rows: float64, for 1/N in fp32 would shift every loss by the same rounding."""
+    return torch.float32 if stream.device.type == "mps" else torch.float64
 
 
 class _Prepared(NamedTuple):
     """A task ready to run: folds and picks, what the mean divides by, and the constant factors before that division.
 
-    mass: sum of v_y over kept rows. rows: number of kept rows. factors: (N,) or scalar; the z-loss factor apart.
+    mass: sum of v_y over kept rows. rows: number of kept rows. factors: numbers, scalars or (N,), in float64; the z-loss factor apart.
     """
 
     task: _Task
@@ -275,38 +284,37 @@ class _Prepared(NamedTuple):
     keep: Tensor | None
     folds: tuple[Fold, ...]
     row_loss: str
-    factors: list[Tensor]
-    mass: Tensor
-    rows: Tensor
+    factors: list[float | Tensor]
+    mass: float | Tensor
+    rows: float | Tensor
 
 
 def _prepare(task: _Task) -> _Prepared:
     stream, target, options = task
-    (n, c), wide = stream.shape, stream.accumulate_dtype
-    eps, v = options.smoothing, None if options.weight is None else options.weight.to(wide)
-    like = stream.tensors[0]
-    one = like.new_ones((), dtype=wide)
+    (n, c), exact = stream.shape, _factor_dtype(stream)
+    eps, v = options.smoothing, None if options.weight is None else options.weight.to(stream.accumulate_dtype)
+    factors: list[float | Tensor]
+    rows: float | Tensor = float(n)
     smooth_folds = (Total(tensors=() if v is None else (v,)),) if eps else ()
-    smooth_mass = None if not eps else (one * eps if v is None else v.sum() * (eps / c))
+    smooth_mass = eps if v is None else v.sum(dtype=exact) * (eps / c)
     if target.dim() == 2:
+        wide = stream.accumulate_dtype
         with autocast_off(target.device):
             sums = target.sum(-1, dtype=wide) if v is None else torch.cat([part.to(wide) @ v for part in target.split(1024)])
-        factors = [(1.0 - eps) * sums + (smooth_mass if smooth_mass is not None else 0.0), one * (1.0 - eps)]
-        factors += [one * (eps / c)] if eps else []
+        factors = [(1.0 - eps) * sums.to(exact) + smooth_mass, 1.0 - eps, *([eps / c] if eps else [])]
         folds = (LogSumExp(), Dot(tensors=(target,) if v is None else (target, v)), *smooth_folds)
-        rows = one * n
         return _Prepared(task, None, None, folds, "cross_entropy_probabilities", factors, rows, rows)
     keep = kept_rows(target, options.ignore_index)
     check_range("target", target, keep, c)
     picks = kept_picks(target, keep, c)
-    rows = one * n if keep is None else keep.sum(dtype=wide)
-    if v is None:
-        factors, mass = [one * (1.0 - eps)], rows
-    else:
-        chosen = v[picks.squeeze(-1).clamp(0, c - 1)]
-        factors, mass = [(1.0 - eps) * chosen], (chosen if keep is None else torch.where(keep, chosen, 0.0)).sum()
-    if smooth_mass is not None:
-        factors += [smooth_mass, one * (eps / c)]
+    if keep is not None:
+        rows = keep.sum(dtype=exact)
+    mass = rows
+    factors = [1.0 - eps, *([smooth_mass, eps / c] if eps else [])]
+    if v is not None:
+        chosen = v[picks.squeeze(-1).clamp(0, c - 1)].to(exact)
+        factors[0] = (1.0 - eps) * chosen
+        mass = (chosen if keep is None else torch.where(keep, chosen, 0.0)).sum()
     return _Prepared(task, picks, keep, (LogSumExp(exclude_picks=True), *smooth_folds), "cross_entropy", factors, mass, rows)
 
 
@@ -316,9 +324,9 @@ def _run(p: _Prepared, factor: tuple[Tensor, Tensor] | None, rowwise: bool, retu
     n = stream.shape[0]
     factors = [f if factor is None else f * factor[0] for f in p.factors]
     if options.z_loss:
-        z = factors[0].new_full((), options.z_loss)
-        factors.append(z if factor is None else z * factor[1])
-    args = [f.expand(n) for f in factors]
+        factors.append(options.z_loss if factor is None else options.z_loss * factor[1])
+    like, exact = stream.tensors[0], _factor_dtype(stream)
+    args = [(f if isinstance(f, Tensor) else like.new_full((), f, dtype=exact)).expand(n) for f in factors]
     numbers = (float(options.smoothing > 0), float(options.z_loss > 0))
     if not rowwise and not return_stats:
         return stream_loss(stream, p.picks, p.folds, p.row_loss, args, numbers, keep=p.keep, engine=options.engine), None
@@ -333,8 +341,9 @@ def _run(p: _Prepared, factor: tuple[Tensor, Tensor] | None, rowwise: bool, retu
     elif return_stats:
         correct = p.task.target.argmax(-1) == states[-1][1]
     else:
-        return loss if rowwise else loss.sum(), None
+        return (loss if rowwise else loss.sum()).to(stream.accumulate_dtype), None
     if p.keep is not None:
         loss, lse = torch.where(p.keep, loss, 0.0), torch.where(p.keep, lse, 0.0)
         correct = correct & p.keep
-    return loss if rowwise else loss.sum(), Stats(lse, correct)
+    loss = (loss if rowwise else loss.sum()).to(stream.accumulate_dtype)
+    return loss, Stats(lse, correct)

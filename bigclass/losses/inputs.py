@@ -82,6 +82,9 @@ def check_range(name: str, index: Tensor, keep: Tensor | None, classes: int) -> 
     """Raise IndexError for a kept index outside [0, C), where looking costs no host sync. Elsewhere the op itself asserts."""
     if torch.compiler.is_compiling() or index.device.type != "cpu" or index.numel() == 0:
         return
+    low, high = index.aminmax()
+    if int(low) >= 0 and int(high) < classes:
+        return
     wrong = (index < 0) | (index >= classes)
     if keep is not None:
         wrong &= keep
@@ -91,8 +94,9 @@ def check_range(name: str, index: Tensor, keep: Tensor | None, classes: int) -> 
 
 def kept_picks(index: Tensor, keep: Tensor | None, classes: int) -> Tensor:
     """Picks for index (N,): -1 where not kept. A kept negative index becomes C, so that the op's own check sees it."""
-    picks = torch.where(index < 0, classes, index)
-    return (picks if keep is None else torch.where(keep, picks, -1)).unsqueeze(-1)
+    if keep is None:  # known to be in range (`check_range`)
+        return index.long().unsqueeze(-1)
+    return torch.where(keep, torch.where(index < 0, classes, index), -1).unsqueeze(-1)
 
 
 def kept_rows(index: Tensor, ignore_index: int) -> Tensor | None:

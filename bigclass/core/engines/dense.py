@@ -49,19 +49,26 @@ def reduce(stream: Stream, picks: Tensor | None, keep: Tensor | None, folds: Seq
     with autocast_off(stream.device):  # or its products would be rounded to 16 bits
         s = logits(stream, keep)
     picked = mask = None
-    if picks is not None:
-        at = picks.clamp_min(0)
-        picked = s.gather(1, at).masked_fill(picks < 0, 0.0)
-        if any(f.exclude_picks for f in folds):
-            none = picks.new_full((), s.shape[1])
+    exclude = picks is not None and any([f.exclude_picks for f in folds])
+    if picks is not None and _all_there(picks):
+        picked = s.gather(1, picks)
+        mask = torch.zeros_like(s, dtype=torch.bool).scatter_(1, picks, True) if exclude else None
+    elif picks is not None:
+        picked = s.gather(1, picks.clamp_min(0)).masked_fill(picks < 0, 0.0)
+        if exclude:  # one column more takes the marks of picks that are none
             mask = s.new_zeros((s.shape[0], s.shape[1] + 1), dtype=torch.bool)
-            mask = mask.scatter(1, torch.where(picks < 0, none, picks), True)[:, :-1]
+            mask = mask.scatter(1, torch.where(picks < 0, s.shape[1], picks), True)[:, :-1]
     states = []
     for f in folds:
         rows = f.axis == "rows"
         tile = Tile(s if rows else s.t(), mask=mask if mask is None or rows else mask.t())
         states.append(f.lift(tile, [_broadcast(t.to(s.dtype), axis, rows) for t, axis in zip(f.tensors, f.tensor_axes, strict=False)]))
     return states, picked
+
+
+def _all_there(picks: Tensor) -> bool:
+    """Is no pick -1? Only asked where the answer is at hand."""
+    return not torch.compiler.is_compiling() and picks.device.type == "cpu" and not bool((picks < 0).any())
 
 
 def _broadcast(t: Tensor, axis: str, rows: bool) -> Tensor:

@@ -123,14 +123,14 @@ def stream_loss(
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     """sum_i row_loss_i and the gradients of the needed tensors (fp32 until the upstream factor is known).
 
-    row_loss(states, picked, args) -> (sum, its derivatives by the states, by the picks, by those args that need them).
+    row_loss(states, picked, args, mask) -> (sum over the mask, its derivatives by the states, by the picks, by those args that need them).
     """
     rows = Rows(stream.shape[0], keep)
     maker = TileMaker(stream, picks, rows)
     tensors = len(stream.tensors) + sum(len(f.tensors) for f in folds)
     sink = Sink(maker, folds, needs[:tensors], keep_wide=True, whole=True)
     like = maker.pool.get("empty", 0, 0)
-    loss = like.new_zeros(())
+    loss: Tensor | None = None
     dargs = [a.new_zeros(a.shape, dtype=maker.dtype) if need else None for a, need in zip(args, needs[tensors:], strict=True)]
     slabs = spans(maker.c, plan.class_block)
     # A lone log-sum-exp over unbent logits leaves its exponentials where the logits were.
@@ -158,8 +158,8 @@ def stream_loss(
                 continue
             for f, state in zip(folds, states, strict=True):
                 _update(f, state, maker, s, r, c, flat)
-        total, grads, h, for_args = row_loss(states, picked, [rows.take(a, r) for a in args])
-        loss.add_(total)
+        total, grads, h, for_args = row_loss(states, picked, [rows.take(a, r) for a in args], rows.mask(r))
+        loss = total if loss is None else loss + total
         for out, part in zip([d for d in dargs if d is not None], for_args, strict=True):
             rows.put(out, r, part)
         up = Upstream(states, grads, h, start=r.start)
@@ -180,6 +180,7 @@ def stream_loss(
     else:
         for c in slabs:
             sink.close_slab(c, sink.open_slab(c))
+    loss = like.new_zeros(()) if loss is None else loss.to(maker.dtype)
     return loss, sink.finish() + [d for d in dargs if d is not None]
 
 

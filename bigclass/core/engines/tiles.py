@@ -65,11 +65,13 @@ class Rows:
     there their features are replaced by zeros, so that NaN in them meets no sum.
     """
 
+    COMPACT = ("cpu",)  # devices where ignored rows are left out
+
     def __init__(self, n: int, keep: Tensor | None) -> None:
         self.total = n
         self.index: Tensor | None = None
         self._mask: Tensor | None = None
-        if keep is not None and keep.device.type == "cpu":
+        if keep is not None and keep.device.type in self.COMPACT:
             self.index = keep.nonzero().squeeze(-1)
             if self.index.numel() == n:
                 self.index = None
@@ -82,10 +84,14 @@ class Rows:
         if self.index is not None:
             return t[self.index[span.start : span.stop]]
         t = t[span.start : span.stop]
-        if self._mask is not None and t.is_floating_point():
-            mask = self._mask[span.start : span.stop]
+        mask = self.mask(span)
+        if mask is not None and t.is_floating_point():
             return torch.where(mask.view(-1, *[1] * (t.dim() - 1)), t, t.new_zeros(()))
         return t
+
+    def mask(self, span: Span) -> Tensor | None:
+        """(r,) bool, False at the ignored among rows `span`; None if none of them is."""
+        return None if self._mask is None else self._mask[span.start : span.stop]
 
     def put(self, out: Tensor, span: Span, value: Tensor) -> None:
         """Write `value` to rows `span` (of those that count) of out (N, ...)."""

@@ -1,0 +1,103 @@
+"""The operands of a problem: what its logits look like.
+
+For a loss, with z, n standard normal, e_i the row's class vector and ^ a vector scaled to length 1:
+
+    flat     w_j = n_j / sqrt(D), x_i = z_i, y uniform. Logits are standard normal: an untrained head; loss about log C + 1/2.
+    early    a head after a few steps: it knows how frequent classes are and nothing else. Logits are 0.1 x normal plus the class's
+             centred log-frequency / 4; y drawn by frequency (Zipf). No probability is above some tens of 1/C.
+    peaked   a trained head: x_i points at its class by a margin that varies from row to row, and at 8 rivals by a little less,
+             y drawn by frequency (Zipf). Loss about 1.4 from D = 512 on; many rows are sure, some are wrong, most classes are negligible.
+    onehot   a memorised batch: as peaked, with one large margin and no rivals. Loss of 1e-8 to 1e-5: LSE - s_y cancels.
+
+For prediction (k best classes) what matters is the order in which good classes are met:
+
+    random      operands as flat.
+    ascending   all x_i point the same way and classes are sorted by score, so that each class beats all before it.
+
+Everything is drawn in float32 on the device itself from one seed and then rounded, so a device gives the same operands every time.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .shapes import Shape
+
+SEED = 20240817
+LOSS_KINDS = ("flat", "peaked", "early", "onehot")
+PREDICTION_KINDS = ("random", "ascending")
+
+RIVALS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A shape with its operands."""
+
+    shape: Shape
+    kind: str
+    input: Tensor  # (N, D)
+    linear_weight: Tensor  # (C, D)
+    target: Tensor  # (N,), not used by predictions
+
+
+def kinds_for(shape: Shape, loss_kinds: tuple[str, ...] = LOSS_KINDS) -> tuple[str, ...]:
+    """The kinds of data to run `shape` on, `loss_kinds` being those asked for losses."""
+    return PREDICTION_KINDS if shape.k else loss_kinds
+
+
+def make_problem(shape: Shape, kind: str, dtype: torch.dtype, device: torch.device) -> Problem:
+    """Draw the operands.
+
+    Raises:
+        ValueError: for a kind that `shape` does not have.
+    """
+    if kind not in kinds_for(shape):
+        raise ValueError(f"data: expected one of {kinds_for(shape)} for {shape}, got {kind!r}")
+    generator = torch.Generator(device).manual_seed(SEED)
+    n, c, d = shape.rows, shape.classes, shape.features
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, device=device)
+
+    w = normal(c, d).div_(math.sqrt(d))  # (C, D)
+    if kind in ("early", "peaked"):
+        y = _zipf(n, c, generator, device)
+    else:
+        y = torch.randint(c, (n,), generator=generator, device=device)
+    x = normal(n, d)  # (N, D)
+
+    if kind == "early":
+        direction = F.normalize(normal(d), dim=0)
+        log_frequency = -torch.arange(1, c + 1, device=device, dtype=torch.float32).log_()
+        known = (log_frequency - log_frequency.mean()) / 4  # (C,)
+        # x gets a common component of length sqrt(D), as the mean of real hidden states has, and w writes the frequencies on it.
+        w.mul_(0.1).addr_(known / math.sqrt(d), direction)
+        x.add_(math.sqrt(d) * direction)
+    elif kind == "peaked":
+        # Margins are relative to log C + 1/2, the log-sum-exp of the other classes' standard normal logits.
+        margin = math.log(c) + 0.5 + 3.5 + 2.5 * normal(n)  # (N,)
+        x.add_(margin[:, None] * F.normalize(w[y], dim=1))
+        for _ in range(RIVALS):
+            rival = torch.randint(c, (n,), generator=generator, device=device)
+            behind = torch.empty(n, device=device).exponential_(1 / 6, generator=generator)
+            x.add_((margin - behind).clamp_(min=0)[:, None] * F.normalize(w[rival], dim=1))
+    elif kind == "onehot":
+        x.add_((math.log(c) + 18) * F.normalize(w[y], dim=1))
+    elif kind == "ascending":
+        direction = F.normalize(normal(d), dim=0)
+        w = w[(w @ direction).argsort()]
+        x = (0.5 + torch.rand(n, 1, generator=generator, device=device)) * math.sqrt(d) * direction
+
+    return Problem(shape, kind, x.to(dtype), w.to(dtype), y)
+
+
+def _zipf(n: int, c: int, generator: torch.Generator, device: torch.device) -> Tensor:
+    """Classes (N,) drawn with probability proportional to 1 / (j + 1), by inverting the continuous distribution function."""
+    uniform = torch.rand(n, generator=generator, device=device)
+    return torch.exp(uniform * math.log(c + 1)).sub_(1).long().clamp_(max=c - 1)

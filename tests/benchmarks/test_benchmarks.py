@@ -1,0 +1,206 @@
+"""The benchmark's promises, but for speed: everyone computes the same, nobody is missing without a reason, the files have their form."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import bigclass
+
+pytest.importorskip("rich", reason="pip install 'bigclass[bench]'")
+pytest.importorskip("matplotlib", reason="pip install 'bigclass[bench]'")
+
+from benchmarks import memory, report
+from benchmarks.__main__ import main, parse_arguments
+from benchmarks.candidates import DENSE, FLOOR, LOSS_PASSES, Unavailable, candidates_for
+from benchmarks.data import LOSS_KINDS, kinds_for, make_problem
+from benchmarks.machine import MIB
+from benchmarks.measure import Case, measure_case
+from benchmarks.reference import TOLERANCE, errors, reference
+from benchmarks.shapes import SHAPES, Shape, parse_shape
+from benchmarks.timing import interleave
+
+CPU = torch.device("cpu")
+LOSS = Shape("loss", 96, 301, 32)
+CAPPED = Shape("capped", 96, 301, 32, softcap=30.0)
+PREDICTION = Shape("prediction", 40, 5000, 16, k=5)
+
+
+def measured(shape: Shape, kind: str) -> Case:
+    return measure_case(shape, torch.float32, kind, CPU, rounds=1, check=True, tell=lambda _: None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "kind"), [(shape, kind) for shape in (LOSS, CAPPED, PREDICTION) for kind in kinds_for(shape)], ids=lambda value: str(value)
+)
+def test_every_candidate_computes_the_same_loss_and_gradients(shape: Shape, kind: str, dtype: torch.dtype) -> None:
+    problem = make_problem(shape, kind, dtype, CPU)
+    exact = reference(problem)
+    compared = set()
+    for candidate in candidates_for(shape, dtype):
+        # On memorised data the plain forms cancel: being right there is bigclass' own promise.
+        if kind == "onehot" and candidate.role != "bigclass":
+            continue
+        for which in candidate.passes:
+            for setting in candidate.settings_for(shape):
+                try:
+                    outputs = candidate.prepare(problem, which, setting)()
+                except Unavailable:
+                    continue
+                for name, error in errors(outputs, exact).items():
+                    assert error <= TOLERANCE[dtype], (candidate.name, which, name)
+                    compared.add((candidate.role, which, name))
+    passes = ("forward",) if shape.k else LOSS_PASSES
+    assert {which for role, which, _ in compared if role == "bigclass"} == set(passes)
+
+
+@pytest.mark.parametrize("shape", [LOSS, PREDICTION], ids=str)
+def test_a_reference_is_float64_and_not_trivial(shape: Shape) -> None:
+    exact = reference(make_problem(shape, kinds_for(shape)[0], torch.float32, CPU))
+    for truth in exact.values():
+        assert truth.dtype == torch.float64
+        assert truth.abs().max() > 0
+
+
+def test_who_does_not_run_is_listed_with_the_reason() -> None:
+    case = measured(CAPPED, "flat")
+    reasons = {absence.candidate.name: absence.reason for absence in case.absences}
+    assert reasons.keys() >= {"liger", "quack", "cce", "cce, unfiltered"}
+    assert "CUDA" in reasons["liger"]
+    assert "soft cap" in reasons["torch chunked"] or "torch 2.13" in reasons["torch chunked"]
+    for candidate in case.candidates:
+        for which in candidate.passes:
+            listed = any(absence.candidate is candidate and absence.which == which for absence in case.absences)
+            assert listed != ((candidate.name, which) in case.figures), (candidate.name, which)
+
+
+def test_a_candidate_that_fails_is_reported_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("broken on purpose\nsecond line")
+
+    monkeypatch.setattr(bigclass, "linear_cross_entropy", broken)
+    case = measured(LOSS, "flat")
+    failed = [absence for absence in case.absences if absence.failed]
+    assert {absence.candidate.role for absence in failed} == {"bigclass"}
+    assert {absence.reason for absence in failed} == {"RuntimeError: broken on purpose"}
+    assert (DENSE, "forward+backward") in case.figures
+
+
+def test_a_wrong_candidate_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = bigclass.linear_cross_entropy
+    monkeypatch.setattr(bigclass, "linear_cross_entropy", lambda *args, **kwargs: right(*args, **kwargs) * 1.01)
+    case = measured(LOSS, "flat")
+    assert {candidate.name for candidate in case.candidates if case.is_wrong(candidate.name)} == {
+        candidate.name for candidate in case.candidates if candidate.role == "bigclass"
+    }
+
+
+def test_the_command_writes_every_round_of_every_candidate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = "--device cpu --shapes 32x100x16 32x2000x16x3 --dtype bf16 --data peaked --rounds 2 --no-memory"
+    assert main([*arguments.split(), "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "32x100x16" in printed
+    assert "needs a CUDA device" in printed
+    (path,) = tmp_path.glob("*.json")
+    run = json.loads(path.read_text())
+    assert run["schema"] == report.SCHEMA
+    assert run["command"].startswith("python -m benchmarks --device cpu")
+    assert run["machine"].keys() >= {"name", "cpu", "cores", "threads", "cpu_capability", "bf16_units"}
+    assert run["versions"].keys() >= {"python", "torch", "triton"}
+    assert [(case["shape"]["name"], case["data"]) for case in run["cases"]] == [
+        ("32x100x16", "peaked"),
+        ("32x2000x16x3", "random"),
+        ("32x2000x16x3", "ascending"),
+    ]
+    for case in run["cases"]:
+        for candidate in case["candidates"]:
+            for which, figures in candidate["passes"].items():
+                assert which in LOSS_PASSES
+                assert len(figures["seconds"]) == 2
+                assert min(figures["seconds"]) > 0
+                assert figures["ratio_to"][FLOOR] > 0
+        assert all(absence["reason"] for absence in case["unavailable"])
+    assert "engine" in run["cases"][0]["explain"]
+
+
+def test_the_plot_shows_what_was_weighed(tmp_path: Path) -> None:
+    case = measured(LOSS, "flat")
+    path = tmp_path / "plots" / "plot.png"
+    assert not report.plot_cases([case], "title", path)
+    for figures in case.figures.values():
+        figures.extra_bytes = 3 * MIB
+    assert report.plot_cases([case], "title", path)
+    assert path.stat().st_size > 0
+
+
+@pytest.mark.parametrize("linux", [True, False], ids=["reset mark", "raised mark"])
+def test_extra_bytes_counts_temporaries_but_not_outputs(linux: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not linux:
+        monkeypatch.setattr(memory, "process_memory", lambda _: None)
+    torch.ones(1).sum()
+
+    def call() -> tuple[torch.Tensor, ...]:
+        output = torch.ones(16 << 20)  # 64 MiB
+        temporary = output + 1  # as much again
+        return output, temporary.sum()
+
+    assert memory.extra_bytes(call, CPU) / MIB == pytest.approx(64, abs=8)
+
+
+def test_memory_is_measured_in_a_process_of_its_own() -> None:
+    shape = Shape("weighed", 512, 16384, 16)  # 32 MiB of logits
+    (extra,) = memory.measure_memory(DENSE, {"forward": None}, shape, "flat", torch.float32, CPU).values()
+    assert extra / MIB == pytest.approx(64, abs=8)  # the logits and their log-softmax
+    with pytest.raises(memory.ChildFailed, match="ValueError"):
+        memory.measure_memory("nobody", {"forward": None}, shape, "flat", torch.float32, CPU)
+
+
+def test_interleaving_rotates_the_order_and_keeps_every_round() -> None:
+    order: list[str] = []
+    times = interleave([lambda: order.append("a"), lambda: order.append("b"), lambda: order.append("c")], [1, 2, 1], 3, CPU)
+    assert "".join(order) == "abbc" + "bbca" + "cabb"
+    assert [len(rounds) for rounds in times] == [3, 3, 3]
+
+
+@pytest.mark.parametrize("kind", LOSS_KINDS)
+def test_data_is_the_same_every_time(kind: str) -> None:
+    one, other = (make_problem(LOSS, kind, torch.float32, CPU) for _ in range(2))
+    assert torch.equal(one.input, other.input)
+    assert torch.equal(one.linear_weight, other.linear_weight)
+    assert torch.equal(one.target, other.target)
+
+
+def test_data_is_what_its_name_says() -> None:
+    shape = Shape("loss", 256, 4000, 256)
+    loss = {kind: float(reference(make_problem(shape, kind, torch.float32, CPU))["loss"]) for kind in LOSS_KINDS}
+    assert loss["onehot"] < 1e-5
+    assert 0.5 < loss["peaked"] < 3
+    assert 6 < loss["early"] < loss["flat"] < 10
+
+
+def test_scaling_keeps_the_name_and_leaves_fixed_shapes_alone() -> None:
+    scaled = SHAPES["gemma2-2b"].scaled(1 / 8)
+    assert (scaled.name, scaled.rows, scaled.classes, scaled.features) == ("gemma2-2b", 1024, 32000, 288)
+    assert SHAPES["cpu"].scaled(1 / 8) == SHAPES["cpu"]
+
+
+@pytest.mark.parametrize("text", ["gemma", "8x8", "8x8x8x8x8", "0x8x8", "axbxc"])
+def test_an_unknown_shape_is_an_error_that_says_what_was_expected(text: str) -> None:
+    with pytest.raises(ValueError, match=f"NxCxD or NxCxDxK; got '{text}'"):
+        parse_shape(text)
+
+
+@pytest.mark.parametrize("arguments", ["--scale 0", "--scale 2", "--rounds 0", "--shapes nope", "--threads x", "--data some"])
+def test_bad_arguments_are_refused(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments(arguments.split())
+    assert arguments.split()[0] in capsys.readouterr().err
+
+
+def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    assert main(["--quick"]) == 2
+    assert "bigclass[bench]" in capsys.readouterr().err
