@@ -160,6 +160,15 @@ def _finite(m: Tensor) -> Tensor:
     return m.clamp_min(torch.finfo(m.dtype).min)
 
 
+def exp_(u: Tensor) -> Tensor:
+    """e^u in place, for u <= 0.
+
+    On CPUs as 2^(u log2 e): the math library behind `exp` takes 3 x the time of `exp2`, and 10 to 30 x where results underflow
+    (0.82, 0.28 and up to 30 ns an element on one core of an EPYC 9004). The product's rounding, |u| 2^-25, is no larger than that of u.
+    """
+    return u.mul_(1.4426950408889634).exp2_() if u.device.type == "cpu" else u.exp_()
+
+
 @register_fold
 @dataclass(frozen=True, eq=False)
 class LogSumExp(Fold):
@@ -175,8 +184,8 @@ class LogSumExp(Fold):
     def lift(self, tile, tensors):
         s = tile.logits(self.exclude_picks)
         m = s.detach().amax(-1, keepdim=True)
-        e = torch.sub(s, _finite(m), out=tile.scratch)
-        e = torch.exp(e, out=tile.scratch)
+        u = torch.sub(s, _finite(m), out=tile.scratch)
+        e = torch.exp(u) if tile.scratch is None else exp_(u)
         return m, e.sum(-1, keepdim=True)
 
     def merge(self, a, b):
@@ -186,12 +195,12 @@ class LogSumExp(Fold):
 
     def gradient(self, tile, tensors, state, grads, out):
         s = tile.logits(self.exclude_picks)
-        return torch.sub(s, _finite(state[0]), out=out).exp_().mul_(grads[1])
+        return exp_(torch.sub(s, _finite(state[0]), out=out)).mul_(grads[1])
 
     def lift_in_place(self, tile):
         s = tile.logits(self.exclude_picks)
         m = s.amax(-1, keepdim=True)
-        s.sub_(_finite(m)).exp_()
+        exp_(s.sub_(_finite(m)))
         return m, s.sum(-1, keepdim=True)
 
     def gradient_in_place(self, s, local, state, grads):

@@ -2,7 +2,7 @@
 
 With the target y left out of the log-sum-exp (LSE_rest) nothing cancels when a row is confident:
 
-    nll_i  = softplus(LSE_rest_i - s_iy)          LSE_i = s_iy (+) LSE_rest_i          ((+): log of the sum of exponentials)
+    nll_i  = -log sigmoid(s_iy - LSE_rest_i)          LSE_i = s_iy (+) LSE_rest_i          ((+): log of the sum of exponentials)
     loss_i = (1 - eps) v_y nll_i  +  eps/C (V LSE_i - sum_j v_j s_ij)  +  z LSE_i^2     V = sum_j v_j
 
 eps: label smoothing, v: class weights, z: z-loss. With class probabilities t instead of an index, t' = (1 - eps) t + eps/C:
@@ -19,12 +19,14 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bigclass.core.errors import ArgumentError, ArgumentTypeError
 from bigclass.core.folds import Dot, Fold, LogSumExp, TopK, Total, log_sum, log_sum_exp
 from bigclass.core.guards import autocast_off
 from bigclass.core.op import reduce_logits, stream_loss
+from bigclass.core.plan import Work, choose_engine
 from bigclass.core.row_losses import ROW_LOSSES, register_row_loss
 from bigclass.core.stream import Stream
 from bigclass.losses.inputs import check_index, check_linear, check_range, kept_picks, kept_rows, make_stream
@@ -45,15 +47,17 @@ class Stats(NamedTuple):
     promised_error: float = 0.0
 
 
+def _certain_is_nan(s: Tensor) -> Tensor:
+    """torch's loss is NaN for a target logit of +inf; the excluded form alone would call it certain."""
+    return s.masked_fill(s == torch.inf, torch.nan)
+
+
 @register_row_loss("cross_entropy")
 def index_row_loss(folds, picked, args, numbers):
     """args: (N,) factors of nll [, of LSE, of the weighted sum of logits] [, of LSE^2]; numbers: (smoothing?, z-loss?)."""
     smooth, z = bool(numbers[0]), bool(numbers[1])
-    rest, s = folds[0], picked[:, 0]
-    # torch's loss is NaN for an infinite target logit; the excluded form alone would call it certain
-    s = s.masked_fill(s == torch.inf, torch.nan)
-    gap = (rest[0] - s) + log_sum(rest)
-    nll = torch.logaddexp(gap, torch.zeros_like(gap))
+    rest, s = folds[0], _certain_is_nan(picked[:, 0])
+    nll = -F.logsigmoid((s - rest[0]) - log_sum(rest))  # log sigmoid keeps its digits on both sides
     loss = args[0] * nll
     if smooth or z:
         lse = torch.logaddexp(log_sum_exp(rest), s)
@@ -156,6 +160,9 @@ def linear_cross_entropy(
                 f"{(*lead, classes, *positions)}, got {tuple(target.shape)}"
             )
         check_index("target", target, input.device)
+    if engine == "auto" and not (positions or probabilities or shift or return_stats or label_smoothing or z_loss or weight is not None):
+        if softcap is None and logit_scale is None and _is_small(input, linear_weight, target, ignore_index):
+            return _small(input, linear_weight, linear_bias, target, reduction)
     options = _Options(weight, label_smoothing, z_loss, -100 if ignore_index is None else ignore_index, engine)
     if positions:
         if shift:
@@ -167,6 +174,31 @@ def linear_cross_entropy(
     target, cut = _shifted(target, shift, options.ignore_index)
     out = _finish([_Task(stream, target.reshape(-1), options)], lead, reduction, return_stats)
     return out if cut is None else _cut(out, cut, reduction, return_stats)
+
+
+def _is_small(input: Tensor, linear_weight: Tensor, target: Tensor, ignore_index: int | None) -> bool:
+    """May `_small` take this? The planner would run it dense, and (looking costs no sync) every target is a class."""
+    if torch.compiler.is_compiling() or input.device.type != "cpu" or target.numel() == 0:
+        return False
+    if input.dtype != linear_weight.dtype or input.dtype.itemsize < 4 or torch.is_autocast_enabled("cpu"):
+        return False
+    work = Work(n=target.numel(), c=linear_weight.shape[0], d=linear_weight.shape[1], wide=input.dtype == torch.float64)
+    if choose_engine(work) != "dense":
+        return False
+    low, high = target.aminmax()
+    low, high = int(low), int(high)
+    return 0 <= low and high < linear_weight.shape[0] and not low <= (-100 if ignore_index is None else ignore_index) <= high
+
+
+def _small(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, reduction: str) -> Tensor:
+    """The plain loss of a small problem in the fewest calls: below a few thousand logits a row or two of Python is what counts."""
+    s = F.linear(input, linear_weight, linear_bias).reshape(-1, linear_weight.shape[0])
+    y = target.reshape(-1, 1).long()
+    at = _certain_is_nan(s.gather(1, y))
+    nll = F.logsigmoid(at - s.scatter(1, y, -math.inf).logsumexp(1, keepdim=True)).neg()
+    if reduction == "none":
+        return nll.reshape(target.shape)
+    return nll.mean() if reduction == "mean" else nll.sum()
 
 
 class _Options(NamedTuple):
@@ -219,7 +251,7 @@ def _shifted(target: Tensor, shift: int, ignore_index: int) -> tuple[Tensor, int
         raise ArgumentError("shift: needs a sequence axis: input (..., T, D) with target (..., T)")
     length = target.shape[-1]
     shift = min(shift, length)
-    return torch.nn.functional.pad(target[..., shift:], (0, shift), value=ignore_index), length - shift
+    return F.pad(target[..., shift:], (0, shift), value=ignore_index), length - shift
 
 
 def _cut(out, positions: int, reduction: str, return_stats: bool):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bigclass.core.errors import ArgumentError
@@ -67,7 +68,7 @@ def linear_log_prob(
     r"""log p(index) under softmax(s / temperature) and, if asked, the exact entropy. Both differentiable.
 
     For policy gradients, DPO, GRPO: one forward pass over the classes gives both. log p never exceeds 0, and near-certain
-    choices keep their digits: with one index a row, log p = -softplus(LSE without the index - s), which does not cancel.
+    choices keep their digits: with one index a row, log p = log sigmoid(s - LSE without the index), which does not cancel.
 
     Args:
         input: (..., D). linear_weight: (C, D). linear_bias: (C,).
@@ -102,8 +103,7 @@ def linear_log_prob(
     assert picked is not None
     m, log_l = states[0][0].unsqueeze(-1), log_sum(states[0]).unsqueeze(-1)
     if single:
-        gap = (m - picked) + log_l
-        logp = -torch.logaddexp(gap, torch.zeros_like(gap))
+        logp = F.logsigmoid((picked - m) - log_l)
     else:
         logp = (picked - m) - log_l
     logp = torch.where(picks >= 0, logp, 0.0).reshape(index.shape)

@@ -57,8 +57,8 @@ class Sink:
         ]
         # dw is summed where it will be returned, if that is wide enough; else in a slab's work buffer, or in a whole one
         self._dw_sum = [self._sum_buffer(t, whole or self.need_cs) for t in self.dw]
-        if self.need_cs and not any(self.need_w):
-            self._dw_sum = [w.new_empty(w.shape, dtype=acc) for _, w in st.pairs]
+        if self.need_cs:  # its gradient is read off dw, so a frozen w needs the sum too
+            self._dw_sum = [w.new_empty(w.shape, dtype=acc) if t is None else t for t, (_, w) in zip(self._dw_sum, st.pairs, strict=True)]
         self._dx_sum: list[Tensor | None] = [None] * len(st.pairs)
         self.wants_tensors = any(any(flags) for flags in self.need_folds)
 

@@ -1,0 +1,58 @@
+"""What the planner promises: the workspace is kept to, the choice is explained, and what is explained is what is done."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import bigclass
+from bigclass.core.plan import MIB, Settings, Work, make_plan
+
+
+@settings(max_examples=300)
+@given(
+    n=st.integers(0, 10**6), c=st.integers(1, 10**7), d=st.integers(1, 8192), workspace=st.integers(1, 512), scalar=st.booleans(), grad=st.booleans(),
+    half=st.booleans(), wide=st.booleans(), device=st.sampled_from(["cpu", "cuda"]), buffers=st.integers(1, 5), gradients=st.sampled_from(["auto", "recompute"]),
+)  # fmt: skip
+def test_every_plan_covers_the_problem_and_keeps_to_the_workspace(n, c, d, workspace, scalar, grad, half, wide, device, buffers, gradients):
+    work = Work(n=n, c=c, d=d, device=device, scalar=scalar, grad=grad, half=half, wide=wide, buffers=buffers)
+    plan = make_plan(work, "tiled", Settings(workspace * MIB, gradients))
+    assert 1 <= plan.row_block <= max(n, 1) and 1 <= plan.class_block <= c
+    assert plan.workspace <= workspace * MIB * 1.02 + 4096
+    assert (plan.gradients == "none") == (not grad)
+    assert plan.gradients != "forward" or scalar
+    assert plan.why and all(plan.why)
+
+
+def test_more_workspace_never_means_more_passes():
+    passes = {"forward": 3, "recompute": 4}
+    counts = [passes[make_plan(Work(n=4096, c=128000, d=512), "tiled", Settings(m * MIB)).gradients] for m in (8, 16, 64, 256, 1024, 4096)]
+    assert counts == sorted(counts, reverse=True) and counts[0] == 4 and counts[-1] == 3
+
+
+def test_explain_names_engine_plan_tiles_workspace_and_reasons():
+    text = str(bigclass.explain(4096, 256000, 2304, dtype=torch.bfloat16))
+    for word in ("engine     tiled", "gradients  recompute (4 passes", "rows x", "classes", "MiB", "  - "):
+        assert word in text
+    assert "engine     dense" in str(bigclass.explain(32, 100, 64))
+    assert "3 passes" in str(bigclass.explain(2048, 32000, 512))
+    assert "1 pass " in str(bigclass.explain(2048, 32000, 512, requires_grad=False))
+    assert bigclass.explain(2048, 32000, 512, reduction="none").gradients == "recompute"
+
+
+def test_planning_is_undone_after_the_block_and_refuses_nonsense():
+    before = bigclass.explain(2048, 32000, 512)
+    with bigclass.planning(workspace=4 << 20):
+        assert bigclass.explain(2048, 32000, 512).workspace <= 4 << 20
+        with pytest.raises(ValueError, match="workspace: expected at least"), bigclass.planning(workspace=100):
+            pass
+    with pytest.raises(ValueError, match="gradients: expected one of"), bigclass.planning(gradients="later"):
+        pass
+    assert bigclass.explain(2048, 32000, 512) == before
+
+
+def test_the_fused_engine_says_that_it_is_not_there_yet():
+    with pytest.raises(NotImplementedError, match="fused"):
+        bigclass.explain(10, 10, 10, engine="fused")
