@@ -226,15 +226,16 @@ def log_sum_exp(state: State) -> Tensor:
 
 def log_sum(state: State) -> Tensor:
     """log l. Where nothing was folded (l = 0, and only there m = -inf) it is finite with a zero gradient, where log 0 would make NaN."""
-    return state[1].clamp_min(torch.finfo(state[1].dtype).tiny).log()
+    return (state[1] + torch.finfo(state[1].dtype).tiny).log()  # l is 0 or >= 1, so the sum is exact; a clamp would stop NaN's gradient
 
 
 @register_fold
 @dataclass(frozen=True, eq=False)
 class ShiftedMoment(Fold):
-    """(m, l, t) with u_j = s_j - m, l = sum of e^u_j *without the largest*, t = sum of u_j e^u_j. For the entropy.
+    """(m, l, t) with u_j = s_j - m and, over all but the largest, l = sum of e^u_j, t = sum of (u_j - 1) e^u_j. For the entropy.
 
-    H = log(1 + l) - t / (1 + l). With p nearly one-hot, LSE - sum p s is all rounding, and even 1 + l rounds l away:
+    H = log(1 + l) - (t + l) / (1 + l), and t's derivative by s_j is u_j e^u_j: 0 at the largest, where that of sum u e^u would be 1 and
+    cancel against l's. With p nearly one-hot, LSE - sum p s is all rounding, and even 1 + l rounds l away:
     the largest term (exactly 1) therefore stays outside the sum.
     """
 
@@ -252,10 +253,10 @@ class ShiftedMoment(Fold):
         u = torch.sub(s, _finite(m), out=tile.scratch)
         u = torch.clamp(u, min=self._LOWEST, out=tile.scratch)
         e = torch.exp(u)
-        t = (e * u).sum(-1, keepdim=True)
         # The largest term is 1 and leaves the value, but not the derivative (m counts as a constant).
         largest = e.gather(-1, top)
         rest = e.scatter(-1, top, 0.0) if tile.scratch is None else e.scatter_(-1, top, 0.0)
+        t = ((u - 1.0) * rest).sum(-1, keepdim=True)
         return m, rest.sum(-1, keepdim=True) + (largest - largest.detach()), t
 
     def merge(self, a, b):
@@ -266,7 +267,8 @@ class ShiftedMoment(Fold):
         shrink = torch.exp(down)
         mass = small[1] + (small[0] > -math.inf)
         m = torch.maximum(a[0], b[0])
-        return m, big[1] + shrink * mass, big[2] + shrink * (small[2] + down * mass)
+        seen = mass - small[1]  # 1, but 0 where nothing was folded
+        return m, big[1] + shrink * mass, big[2] + shrink * ((small[2] - seen) + down * mass)
 
     def gradient(self, tile, tensors, state, grads, out):
         s = tile.logits(self.exclude_picks)
@@ -274,19 +276,49 @@ class ShiftedMoment(Fold):
         e = torch.exp(u)
         if grads[2] is None:
             return torch.mul(e, grads[1], out=out)
-        u.add_(1.0).mul_(grads[2])
+        u.mul_(grads[2])
         return (u if grads[1] is None else u.add_(grads[1])).mul_(e)
 
     @triton_form
     def gradient_triton(s, m, g_l, g_t):  # noqa: N805
         ref = tl.where(m == float("-inf"), 0.0, m)
         u = tl.maximum(s - ref[:, None], -1e4)
-        return tl.exp2(u * 1.4426950408889634) * (g_l[:, None] + g_t[:, None] * (1.0 + u))
+        return tl.exp2(u * 1.4426950408889634) * (g_l[:, None] + g_t[:, None] * u)
+
+
+class _Entropy(torch.autograd.Function):
+    """H = log(1 + l) - (t + l) / (1 + l), with dH/dl = (t + l) / (1 + l)^2 in one piece: autograd's is a difference of two numbers near 1."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(l, t):  # noqa: E741
+        return torch.log1p(l) - (t + l) / (1.0 + l)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def slopes(l, t):  # noqa: E741
+        return (t + l) / (1.0 + l).square(), -1.0 / (1.0 + l)
+
+    @staticmethod
+    def backward(ctx, g):
+        by_l, by_t = _Entropy.slopes(*ctx.saved_tensors)
+        return g * by_l, g * by_t
+
+    @staticmethod
+    def jvp(ctx, dl, dt):
+        by_l, by_t = _Entropy.slopes(*ctx.saved_tensors)
+        return dl * by_l + dt * by_t
 
 
 def entropy(state: State) -> Tensor:
-    """The entropy (nats) of softmax(s) from a `ShiftedMoment` state."""
-    return torch.log1p(state[1]) - state[2] / (1.0 + state[1])
+    """The entropy (nats) of softmax(s) from a `ShiftedMoment` state; NaN where every logit is -inf."""
+    m, l, t = state  # noqa: E741
+    return _Entropy.apply(l, t).masked_fill(m == -math.inf, math.nan)
 
 
 @dataclass(frozen=True, eq=False)
@@ -412,15 +444,17 @@ class TopK(Fold):
         return self._of_block(tile.logits(self.exclude_picks), tile.base)
 
     def merge(self, a, b):
-        values, at = torch.cat((a[0], b[0]), -1).topk(self.k, -1)
-        return values, torch.cat((a[1], b[1]), -1).gather(-1, at)
+        values, classes = (torch.cat(parts, -1) for parts in zip(a, b, strict=True))
+        # a class at -inf still comes before none
+        _, at = values.clamp_min(torch.finfo(values.dtype).min).masked_fill(classes < 0, -math.inf).topk(self.k, -1)
+        return values.gather(-1, at), classes.gather(-1, at)
 
     def update(self, state, tile, tensors):
         s = tile.logits(self.exclude_picks)
         if s.device.type != "cpu":  # which rows to touch would be a host sync there
             return self.merge(state, self._of_block(s, tile.base))
         # A tile can only matter to rows whose k-th best it beats; `~(<=)` so that NaN counts as beating.
-        rows = (~(s.amax(-1) <= state[0][:, -1])).nonzero().squeeze(-1)
+        rows = (~(s.amax(-1) <= state[0][:, -1]) | (state[1][:, -1] < 0)).nonzero().squeeze(-1)
         if rows.numel() == 0:
             return state
         if rows.numel() == s.shape[0]:

@@ -54,6 +54,8 @@ def reduce_logits(
     _check(stream, picks, folds, keep)
     name = engine if engine == "dense" else choose_engine(_work(stream, folds, scalar=False), engine)
     if name == "dense":
+        if picks is not None and torch.compiler.is_compiling():
+            picks = _checked(picks, stream.shape[1])  # outside a graph the gather checks
         states, picked = dense.reduce(stream, picks, keep, folds)
     else:
         refuse_transforms([*stream.tensors, *(t for f in folds for t in f.tensors)])
@@ -103,6 +105,8 @@ def stream_loss(
     name = choose_engine(work, engine)
     if name == "dense" or choose_gradients(work, options) == "recompute":
         states, picked = reduce_logits(stream, picks, folds, keep=keep, engine=name)
+        if keep is not None:  # what ignored rows hold (0 times an infinite identity is NaN) must not reach the gradients of args
+            states = [tuple([torch.where(_like(keep, t), t, 0.0) for t in state]) for state in states]
         return _sum(ROW_LOSSES[row_loss](states, picked, args, numbers), keep, stream)
     _check(stream, picks, folds, keep)
     refuse_transforms(tensors)
@@ -293,7 +297,23 @@ def _stream_loss_gradients(ctx, grads):
 _stream_loss.register_autograd(_stream_loss_gradients, setup_context=_stream_loss_context)
 
 
+@torch.library.custom_op("bigclass::checked_picks", mutates_args=())
+def _checked(picks: Tensor, c: int) -> Tensor:
+    """The picks, once they are known to be classes (or -1): inside a traced graph nothing else can raise IndexError."""
+    _assert_picks(picks, c)
+    return picks.clone()
+
+
+@_checked.register_fake
+def _(picks, c):
+    return torch.empty_like(picks)
+
+
 # --- plumbing -------------------------------------------------------------------------------------------------------------------
+
+
+def _like(keep: Tensor, t: Tensor) -> Tensor:
+    return keep if t.dim() == 1 else keep.unsqueeze(-1)
 
 
 def _sum(loss: Tensor, keep: Tensor | None, stream: Stream) -> Tensor:
@@ -367,6 +387,6 @@ def _assert_picks(picks: Tensor | None, c: int) -> None:
     if picks.device.type == "cpu":
         low, high = picks.aminmax()
         if int(low) < -1 or int(high) >= c:
-            raise IndexError(f"target: expected class indices in [0, {c}), got {int(high) if int(high) >= c else int(low)}")
+            raise IndexError(f"target (or index): expected class indices in [0, {c}), got {int(high) if int(high) >= c else int(low)}")
     else:
         torch._assert_async(((picks >= -1) & (picks < c)).all(), f"bigclass: a class index is outside [0, {c})")

@@ -17,6 +17,7 @@ op takes tensors, numbers and strings but no objects. To add one, subclass `Map`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
@@ -128,8 +129,8 @@ class Softcap(Map):
     @classmethod
     def at(cls, cap: float) -> Softcap:
         """The soft cap at `cap` > 0."""
-        if not cap > 0:
-            raise ArgumentError(f"softcap must be greater than 0, got {cap}; leave it None for no cap")
+        if not 0 < cap < math.inf:
+            raise ArgumentError(f"softcap must be finite and greater than 0, got {cap}; leave it None for no cap")
         return cls(numbers=(float(cap),))
 
     @staticmethod

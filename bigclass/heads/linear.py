@@ -11,8 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from bigclass.core.errors import ArgumentError
+from bigclass.core.plan import ENGINES
 from bigclass.core.stream import Softcap
 from bigclass.losses.cross_entropy import linear_cross_entropy
+from bigclass.losses.inputs import check_tensor
 from bigclass.losses.log_prob import linear_topk
 
 
@@ -30,6 +32,10 @@ class _LinearHead(nn.Linear):
             Softcap.at(softcap)  # raises for a cap that is not positive
         if not 0.0 <= label_smoothing <= 1.0:
             raise ArgumentError(f"label_smoothing: expected a value in [0, 1], got {label_smoothing}")
+        if not z_loss >= 0.0:
+            raise ArgumentError(f"z_loss: expected a coefficient >= 0, got {z_loss}")
+        if engine not in ENGINES:
+            raise ArgumentError(f"engine: expected one of {ENGINES}, got {engine!r}")
         self.softcap, self.logit_scale = softcap, logit_scale
         self.label_smoothing, self.z_loss, self.ignore_index, self.engine = label_smoothing, z_loss, ignore_index, engine
 
@@ -48,6 +54,7 @@ class _LinearHead(nn.Linear):
         return values, indices
 
     def _loss(self, features: Tensor, target: Tensor, **options: Any) -> Any:
+        check_tensor("target", target)
         index = not target.is_floating_point()
         return linear_cross_entropy(
             features, self.weight, target, linear_bias=self.bias, softcap=self.softcap, logit_scale=self.logit_scale,
@@ -140,6 +147,7 @@ class LMHead(_LinearHead):
         """Logits (..., T, C) without labels; with labels (..., T) the loss of `linear_cross_entropy` (`shift`: instead of the head's)."""
         if labels is None:
             return self.logits(hidden)
+        check_tensor("labels", labels)
         if labels.is_floating_point():
             raise ArgumentError(f"labels: expected token indices (..., T), got {labels.dtype}; use linear_cross_entropy for class probabilities")
         return self._loss(hidden, labels, shift=self.shift if shift is None else shift, weight=weight, reduction=reduction, return_stats=return_stats)

@@ -29,7 +29,7 @@ from bigclass.core.op import reduce_logits, stream_loss
 from bigclass.core.plan import Work, choose_engine
 from bigclass.core.row_losses import ROW_LOSSES, register_row_loss
 from bigclass.core.stream import Stream
-from bigclass.losses.inputs import check_index, check_linear, check_range, kept_picks, kept_rows, make_stream
+from bigclass.losses.inputs import check_index, check_linear, check_range, check_tensor, kept_picks, kept_rows, make_stream
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -49,7 +49,7 @@ class Stats(NamedTuple):
 
 def _certain_is_nan(s: Tensor) -> Tensor:
     """torch's loss is NaN for a target logit of +inf; the excluded form alone would call it certain."""
-    return s.masked_fill(s == torch.inf, torch.nan)
+    return s * torch.where(s == torch.inf, torch.nan, 1.0)  # a product, so that its gradient is NaN too
 
 
 @register_row_loss("cross_entropy")
@@ -138,6 +138,7 @@ def linear_cross_entropy(
     The streamed log-sum-exp follows Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", arXiv:2411.09009.
     """
     check_linear(input, linear_weight, linear_bias, weight_dims=None)
+    check_tensor("target", target)
     classes, positions = linear_weight.shape[0], linear_weight.shape[1:-1]
     lead = input.shape[:-1]
     _check_options(reduction, label_smoothing, z_loss, grad_filter, weight, classes, input)
@@ -159,10 +160,13 @@ def linear_cross_entropy(
                 f"target: expected class indices of shape {(*lead, *positions)} or class probabilities of shape "
                 f"{(*lead, classes, *positions)}, got {tuple(target.shape)}"
             )
-        check_index("target", target, input.device)
+        check_index("target", target, input.device, -100 if ignore_index is None else ignore_index)
+        target = target.long()  # ignore_index may be any number
     if engine == "auto" and not (positions or probabilities or shift or return_stats or label_smoothing or z_loss or weight is not None):
         if softcap is None and logit_scale is None and _is_small(input, linear_weight, target, ignore_index):
-            return _small(input, linear_weight, linear_bias, target, reduction)
+            loss = _small(input, linear_weight, linear_bias, target, reduction)
+            if math.isfinite(float(loss.detach().sum())):  # else: NaN and infinities as the general road has them
+                return loss
     options = _Options(weight, label_smoothing, z_loss, -100 if ignore_index is None else ignore_index, engine)
     if positions:
         if shift:
@@ -194,8 +198,9 @@ def _small(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, tar
     """The plain loss of a small problem in the fewest calls: below a few thousand logits a row or two of Python is what counts."""
     s = F.linear(input, linear_weight, linear_bias).reshape(-1, linear_weight.shape[0])
     y = target.reshape(-1, 1).long()
-    at = _certain_is_nan(s.gather(1, y))
-    nll = F.logsigmoid(at - s.scatter(1, y, -math.inf).logsumexp(1, keepdim=True)).neg()
+    at = s.gather(1, y)
+    # the least finite number: a log-sum-exp over nothing but -inf has NaN for a gradient
+    nll = F.logsigmoid(at - s.scatter(1, y, torch.finfo(s.dtype).min).logsumexp(1, keepdim=True)).neg()
     if reduction == "none":
         return nll.reshape(target.shape)
     return nll.mean() if reduction == "mean" else nll.sum()
@@ -230,6 +235,7 @@ def _check_options(reduction, label_smoothing, z_loss, grad_filter, weight, clas
         raise NotImplementedError("grad_filter: the certified filter is not part of this version; leave it None (exact gradients)")
     if weight is None:
         return
+    check_tensor("weight", weight)
     if tuple(weight.shape) != (classes,):
         raise ArgumentError(f"weight: expected a factor for each of {classes} classes, shape ({classes},), got {tuple(weight.shape)}")
     if not weight.is_floating_point():
@@ -359,7 +365,9 @@ def _run(p: _Prepared, factor: tuple[Tensor, Tensor] | None, rowwise: bool, retu
         factors.append(options.z_loss if factor is None else options.z_loss * factor[1])
     like, exact = stream.tensors[0], _factor_dtype(stream)
     args = [(f if isinstance(f, Tensor) else like.new_full((), f, dtype=exact)).expand(n) for f in factors]
-    numbers = (float(options.smoothing > 0), float(options.z_loss > 0))
+    if p.keep is not None:  # nothing kept: 1 / 0, which the dense engine's autograd would multiply by 0 and hand NaN to dw
+        args = [torch.where(p.keep, f, 0.0) for f in args]
+    numbers = (1.0 if options.smoothing else 0.0, 1.0 if options.z_loss else 0.0)
     if not rowwise and not return_stats:
         return stream_loss(stream, p.picks, p.folds, p.row_loss, args, numbers, keep=p.keep, engine=options.engine), None
     by_probability = p.picks is None

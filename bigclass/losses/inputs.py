@@ -11,12 +11,17 @@ from bigclass.core.stream import Map, Scale, Softcap, Stream
 INDEX_DTYPES = (torch.int64, torch.int32)
 
 
+def check_tensor(name: str, t: object) -> None:
+    """Raise unless t is a tensor."""
+    if not isinstance(t, Tensor):
+        raise ArgumentTypeError(f"{name}: expected a tensor, got {type(t).__name__}")
+
+
 def check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, *, weight_dims: int | None = 2) -> None:
     """Raise unless input (..., D), linear_weight (C, [d_1, ..., d_K,] D) and linear_bias (C, [d_1, ..., d_K]) fit together."""
     tensors = [("input", input), ("linear_weight", linear_weight)] + ([] if linear_bias is None else [("linear_bias", linear_bias)])
     for name, t in tensors:
-        if not isinstance(t, Tensor):
-            raise ArgumentTypeError(f"{name}: expected a tensor, got {type(t).__name__}")
+        check_tensor(name, t)
         if not t.is_floating_point():
             raise ArgumentTypeError(f"{name}: expected a floating-point tensor, got {t.dtype}")
         if t.device != input.device:
@@ -30,8 +35,8 @@ def check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | Non
             f"linear_weight: expected {input.shape[-1]} features in its last axis (as input {tuple(input.shape)}), "
             f"got {linear_weight.shape[-1]}"
         )
-    if linear_weight.shape[-1] < 1 or linear_weight.shape[0] < 1:
-        raise ArgumentError(f"linear_weight: expected at least one class and one feature, got {tuple(linear_weight.shape)}")
+    if 0 in linear_weight.shape:
+        raise ArgumentError(f"linear_weight: expected at least one class and one feature (and position), got {tuple(linear_weight.shape)}")
     if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
         raise ArgumentError(f"linear_bias: expected shape {tuple(linear_weight.shape[:-1])}, got {tuple(linear_bias.shape)}")
 
@@ -70,8 +75,11 @@ def check_scale(logit_scale: float | Tensor, input: Tensor) -> None:
             raise ArgumentError(f"logit_scale: expected device {input.device} (that of input), got {logit_scale.device}")
 
 
-def check_index(name: str, index: Tensor, device: torch.device) -> None:
-    """Raise unless index is an int64 or int32 tensor on `device`."""
+def check_index(name: str, index: Tensor, device: torch.device, ignore_index: int = -100) -> None:
+    """Raise unless index is an int64 or int32 tensor on `device` and ignore_index an integer."""
+    check_tensor(name, index)
+    if not isinstance(ignore_index, int | torch.SymInt):
+        raise ArgumentTypeError(f"ignore_index: expected an integer, got {ignore_index!r}")
     if index.dtype not in INDEX_DTYPES:
         raise ArgumentTypeError(f"{name}: expected int64 or int32 class indices, got {index.dtype}")
     if index.device != device:

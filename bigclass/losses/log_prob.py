@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigclass.core.errors import ArgumentError
+from bigclass.core.errors import ArgumentError, ArgumentTypeError
 from bigclass.core.folds import LogSumExp, ShiftedMoment, TopK, entropy, log_sum, log_sum_exp
 from bigclass.core.op import reduce_logits
 from bigclass.losses.inputs import check_index, check_linear, check_range, kept_rows, make_stream
@@ -46,9 +46,12 @@ def linear_logsumexp(
     picks = None if index is None else _picks(index, lead, input)
     if picks is not None and index is not None:
         check_range("index", picks, picks != -1, linear_weight.shape[0])
+    if picks is not None:
+        picks = torch.where(picks < -1, linear_weight.shape[0], picks)  # so that the graph's own check sees it
     stream = make_stream(input, linear_weight, linear_bias, softcap, logit_scale)
     (state,), picked = reduce_logits(stream, picks, (LogSumExp(),), engine=engine)
-    lse = log_sum_exp(state).reshape(lead)
+    lse = log_sum_exp(state)
+    lse = lse.masked_fill(state[0] == torch.inf, torch.inf).reshape(lead)
     return lse if picked is None or index is None else (lse, picked.reshape(index.shape))
 
 
@@ -91,6 +94,7 @@ def linear_log_prob(
     if not temperature > 0:
         raise ArgumentError(f"temperature: expected a value greater than 0, got {temperature}")
     lead, classes = input.shape[:-1], linear_weight.shape[0]
+    check_index("index", index, input.device, ignore_index)
     picks = _picks(index, lead, input)
     used = picks != ignore_index
     check_range("index", picks, used, classes)
@@ -103,7 +107,8 @@ def linear_log_prob(
     assert picked is not None
     m, log_l = states[0][0].unsqueeze(-1), log_sum(states[0]).unsqueeze(-1)
     if single:
-        logp = F.logsigmoid((picked - m) - log_l)
+        # a logit of +inf: NaN as in torch, where the excluded form alone would call it certain
+        logp = F.logsigmoid((picked.masked_fill(picked == torch.inf, torch.nan) - m) - log_l)
     else:
         logp = (picked - m) - log_l
     logp = torch.where(picks >= 0, logp, 0.0).reshape(index.shape)
@@ -144,6 +149,8 @@ def linear_topk(
         >>> values, classes = bigclass.linear_topk(features, w, 5)
     """
     check_linear(input, linear_weight, linear_bias)
+    if not isinstance(k, int):
+        raise ArgumentTypeError(f"k: expected an integer, got {k!r}")
     if not 1 <= k <= linear_weight.shape[0]:
         raise ArgumentError(f"k: expected 1 <= k <= {linear_weight.shape[0]} (the number of classes), got {k}")
     shape = (*input.shape[:-1], k)
@@ -165,4 +172,4 @@ def _picks(index: Tensor, lead: torch.Size, input: Tensor) -> Tensor:
     if index.shape != lead and index.shape[:-1] != lead:
         raise ArgumentError(f"index: expected shape {tuple(lead)} or {tuple(lead)} + (K,), got {tuple(index.shape)}")
     rows = lead.numel()
-    return index.reshape(rows, 1 if index.shape == lead else index.shape[-1])
+    return index.long().reshape(rows, 1 if index.shape == lead else index.shape[-1])

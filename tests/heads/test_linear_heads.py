@@ -104,7 +104,7 @@ def test_cce_takes_class_probabilities_whatever_its_ignore_index():
 
 def test_lm_refuses_class_probabilities():
     head, (x, _) = LMHead(D, C), batch()
-    with pytest.raises(ValueError, match="labels: expected token indices.*float32"):
+    with pytest.raises(ValueError, match=r"labels: expected token indices.*float32"):
         head(x, torch.rand(3, 5, C))
 
 
@@ -220,7 +220,7 @@ def test_features_and_targets_that_do_not_fit_are_refused(kind):
     for features, target, words in ((x[..., :-1], y, "linear_weight"), (x, y[:2], "target.*got"), (x, y + C, "target.*40")):
         with pytest.raises((ValueError, IndexError), match=words):
             head(features, target)
-    with pytest.raises(TypeError, match="(target|labels): expected a tensor, got list"):
+    with pytest.raises(TypeError, match=r"(target|labels): expected a tensor, got list"):
         head(x, [1, 2])
     with pytest.raises(ValueError, match="k: expected 1 <= k <= 40"):
         head.predict(x, C + 1)

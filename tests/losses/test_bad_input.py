@@ -9,12 +9,13 @@ import torch.nn.functional as F
 import bigclass
 from tests.support import ROADS
 
-N, C, D, K = 6, 11, 5, 3
+N, C, D = 6, 11, 5
 CE, LSE, LOGP, TOPK = bigclass.linear_cross_entropy, bigclass.linear_logsumexp, bigclass.linear_log_prob, bigclass.linear_topk
 ENGINES = ("dense", "tiled", "auto")
 
 X, W, B, Y = torch.randn(N, D), torch.randn(C, D), torch.randn(C), torch.arange(N)
 P = torch.full((N, C), 1 / C)
+WK = torch.randn(C, 2, D)  # a K-dimensional weight
 META = torch.device("meta")
 
 
@@ -79,7 +80,7 @@ def test_a_layer_that_does_not_fit_is_refused_by_every_function(case, function):
 
 @pytest.mark.parametrize("function", [LSE, LOGP, TOPK], ids=lambda f: f.__name__)
 def test_k_dimensional_weights_are_for_cross_entropy_alone(function):
-    refused(VALUE, ("linear_weight", "(C, D)", "(11, 2, 5)"), function, linear_weight=torch.randn(C, 2, D))
+    refused(VALUE, ("linear_weight", "(C, D)", "(11, 2, 5)"), function, linear_weight=WK)
 
 
 LOSS = {
@@ -97,11 +98,24 @@ LOSS = {
     "probabilities of C + 1": (VALUE, ("target", "(6, 11)", "(6, 12)"), {"target": torch.rand(N, C + 1)}),
     "probabilities ignored": (VALUE, ("ignore_index", "probabilities"), {"target": P, "ignore_index": -100}),
     "probabilities shifted": (VALUE, ("shift", "indices"), {"target": P, "shift": 1}),
-    "K-dimensional, unbatched": (VALUE, ("input", "(N, D)", "(5,)"), {"input": X[0], "linear_weight": torch.randn(C, 2, D)}),
-    "K-dimensional, leading axes": (VALUE, ("input", "(N, D)", "(2, 3, 5)"), {"input": X.view(2, 3, D), "linear_weight": torch.randn(C, 2, D)}),
-    "K-dimensional target": (VALUE, ("target", "(6, 2)", "(6,)"), {"linear_weight": torch.randn(C, 2, D)}),
-    "K-dimensional bias": (VALUE, ("linear_bias", "(11, 2)", "(11,)"), {"linear_weight": torch.randn(C, 2, D), "linear_bias": B}),
-    "K-dimensional shift": (VALUE, ("shift", "K-dim"), {"linear_weight": torch.randn(C, 2, D), "target": Y[:, None].expand(-1, 2), "shift": 1}),
+    "K-dimensional, unbatched": (VALUE, ("input", "(N, D)", "(5,)"), {"input": X[0], "linear_weight": WK}),
+    "K-dimensional, leading axes": (
+        VALUE,
+        ("input", "(N, D)", "(2, 3, 5)"),
+        {"input": X.view(2, 3, D), "linear_weight": WK},
+    ),
+    "K-dimensional target": (VALUE, ("target", "(6, 2)", "(6,)"), {"linear_weight": WK}),
+    "K-dimensional bias": (VALUE, ("linear_bias", "(11, 2)", "(11,)"), {"linear_weight": WK, "linear_bias": B}),
+    "K-dimensional shift": (
+        VALUE,
+        ("shift", "K-dim"),
+        {"linear_weight": WK, "target": torch.stack((Y, Y), 1), "shift": 1},
+    ),
+    "K-dimensional, no position": (
+        VALUE,
+        ("linear_weight", "at least one", "(11, 0, 5)"),
+        {"linear_weight": W[:, None][:, :0], "target": Y[:, None][:, :0]},
+    ),
     "class weights too long": (VALUE, ("weight", "(11,)", "(12,)"), {"weight": torch.ones(C + 1)}),
     "class weights 2-D": (VALUE, ("weight", "(11,)", "(11, 1)"), {"weight": torch.ones(C, 1)}),
     "class weights a list": (TYPE, ("weight", "tensor", "list"), {"weight": [1.0] * C}),
@@ -182,7 +196,7 @@ def test_a_shifted_or_k_dimensional_target_is_checked_too(engine, value, ignore)
     given = {"target": with_one(value, torch.int64), "ignore_index": ignore, "engine": engine}
     refused((IndexError,), ("target", f"[0, {C})"), CE, shift=1, **given)
     given["target"] = given["target"][:, None].expand(-1, 2)
-    refused((IndexError,), ("target", f"[0, {C})"), CE, **given, linear_weight=torch.randn(C, 2, D))
+    refused((IndexError,), ("target", f"[0, {C})"), CE, **given, linear_weight=WK)
 
 
 def test_a_target_that_the_shift_drops_is_not_looked_at():
@@ -205,7 +219,9 @@ def test_an_index_outside_the_classes_is_an_index_error(engine, dtype, function,
 def test_a_class_outside_is_an_error_inside_a_compiled_graph(engine, function):
     """Pitfall 15. The graph's own check names the range; in a dense graph it is the gather's."""
     torch._dynamo.reset()
-    graph = torch.compile(lambda y: function(X, W, y, engine=engine) if function is not LSE else LSE(X, W, index=y, engine=engine), backend="aot_eager")
+    graph = torch.compile(
+        lambda y: function(X, W, y, engine=engine) if function is not LSE else LSE(X, W, index=y, engine=engine), backend="aot_eager"
+    )
     graph(Y)
     for value in (C, -2):
         with pytest.raises((IndexError, RuntimeError), match=r"\[0, 11\)|out of bounds"):
@@ -215,16 +231,16 @@ def test_a_class_outside_is_an_error_inside_a_compiled_graph(engine, function):
 # --- torch's own errors ---------------------------------------------------------------------------------------------------------
 
 AS_TORCH = (
-    "features differ", "weights 1-D", "input a scalar", "bias too long", "bias 2-D", "probabilities ignored", "probabilities int", "target too short",
-    "target float", "K-dimensional, unbatched", "K-dimensional target", "K-dimensional bias", "class weights too long", "class weights 2-D",
-    "class weights int", "reduction unknown", "smoothing above 1", "target elsewhere", "input int",
+    "features differ", "weights 1-D", "input a scalar", "bias too long", "bias 2-D", "probabilities ignored", "probabilities int",
+    "target too short", "target float", "K-dimensional, unbatched", "K-dimensional target", "K-dimensional bias", "class weights too long",
+    "class weights 2-D", "class weights int", "reduction unknown", "smoothing above 1", "target elsewhere", "input int",
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", AS_TORCH)
 def test_an_except_written_for_torch_catches_ours(name):
     given = (LINEAR | LOSS)[name][2]
-    with pytest.raises(Exception) as theirs:  # noqa: B017, PT011 - whatever it is
+    with pytest.raises(Exception) as theirs:
         call(F.linear_cross_entropy, **({"target": Y} | given))
     with pytest.raises(theirs.type):
         call(CE, **given)

