@@ -33,8 +33,9 @@ DENSE_BYTES = 2 * MIB
 # Rows of a chunk under which its GEMMs lose more than the fourth pass of "recompute" costs.
 MIN_CHUNK_ROWS = 128
 
-# Elements of a tile. CPU: 8 MiB of fp32, which stays in the last-level cache between the GEMM and the folds. GPU: full GEMM rate.
-TILE_ELEMENTS = {"cpu": 1 << 21, "other": 1 << 24}
+# Elements of a tile. CPU: 11 MiB of fp32, which stay in the last-level cache between the GEMM and the folds (best of 0.5 to 22 Mi elements
+# at N=2048, C=32000, D=512 on two cores of an EPYC 9004). GPU: full GEMM rate.
+TILE_ELEMENTS = {"cpu": 11 << 18, "other": 1 << 24}
 CPU_ROW_BLOCK = 2048
 
 
@@ -46,7 +47,7 @@ class Settings:
     gradients: "forward", "recompute" or "auto". "recompute" also spares what activation checkpointing would pay twice.
     """
 
-    workspace: int = 80 * MIB
+    workspace: int = 88 * MIB
     gradients: str = "auto"
 
 
@@ -66,7 +67,7 @@ def planning(*, workspace: int | None = None, gradients: str | None = None) -> I
     A backward uses the settings that its forward ran under.
 
     Args:
-        workspace: bytes of temporary memory the engines may take (default 80 MiB). Smaller works too, slower.
+        workspace: bytes of temporary memory the engines may take (default 88 MiB). Smaller works too, slower.
         gradients: "forward" (3 passes of GEMM flops; gradients are made with the loss), "recompute" (4 passes, least memory;
             also right under activation checkpointing, which would pay for the forward's gradients twice) or "auto".
 
@@ -204,7 +205,9 @@ def make_plan(work: Work, engine: str = "auto", options: Settings | None = None)
     if gradients == "forward":
         fit = max(_chunk_rows(work, options), 1)
         chunks = -(-n // fit)
-        chunk = -(-n // chunks)  # even chunks: the last one is no smaller than the others
+        chunk = -(-n // chunks)  # even chunks: the last one is about as large as the others
+        aligned = -(-chunk // 16) * 16
+        chunk = aligned if aligned <= min(fit, n) else chunk
         row_block = chunk
         class_block = _even(c, elements // chunk)
         kept = chunk * c * work.item

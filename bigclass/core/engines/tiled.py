@@ -109,7 +109,7 @@ def reduce_backward(
             xs = maker.features(r)
             z = maker.raw(xs, ws, r, c, maker.pool.get("tile", r.size, c.size))
             values = maker.bend(z, keep_inputs=True)
-            g = logit_gradient(maker, folds, up, values, r, c, sink.on_tensor(r, c))
+            g = logit_gradient(maker, folds, up, values, r, c, maker.positions(r, c), sink.on_tensor(r, c))
             sink.add(g, values, xs, ws, sums, r, c, first_rows=r.start == 0, first_classes=c.start == 0)
         sink.close_slab(c, sums)
     sink.close_rows()
@@ -137,8 +137,8 @@ def stream_loss(
     in_place = len(folds) == 1 and folds[0].overwrites and folds[0].axis == "rows" and not stream.maps and not sink.wants_tensors
     for r in spans(rows.count, plan.chunk):
         xs = maker.features(r)
-        kept = maker.pool.get("kept", 1, r.size * maker.c + _SPARE * len(slabs)).view(-1)
-        tiles, locals_ = [], []
+        kept = maker.pool.keep(r.size * maker.c + _SPARE * len(slabs))
+        tiles, places, locals_ = [], [], []
         states = _identities(folds, maker, r.size)
         picked = None if picks is None else like.new_zeros((r.size, picks.shape[1]))
         for t, c in enumerate(slabs):
@@ -148,6 +148,7 @@ def stream_loss(
             maker.raw(xs, maker.slab(c), r, c, z)
             s = _values(maker, z)[-1]
             where = maker.positions(r, c)
+            places.append(where)
             flat = None if where is None else where[0]
             if flat is not None and picked is not None:
                 _read_picks(maker, s, flat, picked)
@@ -169,10 +170,10 @@ def stream_loss(
                 values = [tiles[t]]
                 state, upstream = up.of(0, folds[0], r, c)
                 g = tiles[t].zero_() if upstream[-1] is None else folds[0].gradient_in_place(tiles[t], locals_[t], state, upstream)
-                add_picks(g, maker.positions(r, c), r, up)
+                add_picks(g, places[t], r, up)
             else:
                 values = _values(maker, tiles[t], again=True)
-                g = logit_gradient(maker, folds, up, values, r, c, sink.on_tensor(r, c))
+                g = logit_gradient(maker, folds, up, values, r, c, maker.positions(r, c), sink.on_tensor(r, c))
             sink.add(g, values, xs, maker.slab(c), sink.open_slab(c), r, c, first_rows=r.start == 0, first_classes=c.start == 0)
         sink.close_rows()
     if rows.count == 0:
