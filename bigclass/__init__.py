@@ -1,6 +1,5 @@
 """Classification layers over huge numbers of classes: logits are streamed through a small statistic and never stored."""
 
-from bigclass.core.engines.tiles import release_workspace
 from bigclass.core.errors import ArgumentError, ArgumentTypeError
 from bigclass.core.plan import Plan, explain, planning
 from bigclass.heads import CCEHead, LMHead
@@ -22,5 +21,4 @@ __all__ = [
     "linear_logsumexp",
     "linear_topk",
     "planning",
-    "release_workspace",
 ]

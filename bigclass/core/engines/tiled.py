@@ -137,7 +137,7 @@ def stream_loss(
     in_place = len(folds) == 1 and folds[0].overwrites and folds[0].axis == "rows" and not stream.maps and not sink.wants_tensors
     for r in spans(rows.count, plan.chunk):
         xs = maker.features(r)
-        kept = maker.pool.keep(r.size * maker.c + _SPARE * len(slabs))
+        kept = maker.pool.get("kept", 1, r.size * maker.c + _SPARE * len(slabs)).view(-1)
         tiles, places, locals_ = [], [], []
         states = _identities(folds, maker, r.size)
         picked = None if picks is None else like.new_zeros((r.size, picks.shape[1]))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from bigclass.core.engines.pages import fresh
 from bigclass.core.folds import Fold, State, Tile
 from bigclass.core.stream import Stream
 
@@ -33,28 +33,8 @@ class Pool:
         size = rows * cols + 1
         flat = self._flat.get(name)
         if flat is None or flat.numel() < size:
-            flat = self._flat[name] = self._like.new_empty(size, dtype=self._dtype)
+            flat = self._flat[name] = fresh(self._like, size, self._dtype)
         return flat[: size - 1].view(rows, cols)
-
-    def keep(self, size: int) -> Tensor:
-        """A flat buffer of `size` elements for whole rows of logits: the one buffer that outlives the call, on CPUs.
-
-        Fresh pages cost the kernel about 3 us each: 65 ms for 88 MiB beside a step of 1.1 s (EPYC 9004), which CUDA's allocator spares anyway."""
-        if self._like.device.type != "cpu":
-            return self.get("kept", 1, size).view(-1)
-        flat = getattr(_kept, "flat", None)
-        if flat is None or flat.dtype != self._dtype or not size <= flat.numel() <= 4 * size:
-            _kept.flat = None  # let go of the old one first
-            flat = _kept.flat = torch.empty(size, dtype=self._dtype)
-        return flat
-
-
-_kept = threading.local()
-
-
-def release_workspace() -> None:
-    """Give back the work buffer (at most the planner's workspace, 88 MiB by default) that this thread keeps between calls on a CPU."""
-    _kept.flat = None
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, *, beta: float = 0.0, alpha: float = 1.0) -> Tensor:
