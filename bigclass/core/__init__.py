@@ -1,6 +1,19 @@
 """The one op and its vocabulary: streams, maps, folds, row losses."""
 
-from bigclass.core.folds import Dot, Fold, LogSumExp, ShiftedMoment, SumFold, Tile, TopK, Total, entropy, log_sum, log_sum_exp, register_fold
+from bigclass.core.folds import (
+    Dot,
+    Fold,
+    LogSumExp,
+    ShiftedMoment,
+    SumFold,
+    Tile,
+    TopK,
+    Total,
+    entropy,
+    log_sum,
+    log_sum_exp,
+    register_fold,
+)
 from bigclass.core.op import reduce_logits, stream_loss
 from bigclass.core.plan import Plan, explain, planning
 from bigclass.core.row_losses import register_row_loss

@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -145,14 +145,22 @@ class Fold:
     gradient_triton: ClassVar[TritonForm | None] = None
 
 
+AnyFold = TypeVar("AnyFold", bound=Fold)
+
 FOLDS: dict[str, type[Fold]] = {}
 
 
-def register_fold(cls: type[Fold]) -> type[Fold]:
+def register_fold(cls: type[AnyFold]) -> type[AnyFold]:
     """Make a `Fold` known under its `name`, so that it can cross a custom op."""
     _check_name(cls.name, FOLDS, cls)
     FOLDS[cls.name] = cls
     return cls
+
+
+def _there(g: Tensor | None) -> Tensor:
+    """The gradient of a state's only differentiable part: an engine asks for no gradient of a fold that got none."""
+    assert g is not None
+    return g
 
 
 def _finite(m: Tensor) -> Tensor:
@@ -195,7 +203,7 @@ class LogSumExp(Fold):
 
     def gradient(self, tile, tensors, state, grads, out):
         s = tile.logits(self.exclude_picks)
-        return exp_(torch.sub(s, _finite(state[0]), out=out)).mul_(grads[1])
+        return exp_(torch.sub(s, _finite(state[0]), out=out)).mul_(_there(grads[1]))
 
     def lift_in_place(self, tile):
         s = tile.logits(self.exclude_picks)
@@ -205,16 +213,16 @@ class LogSumExp(Fold):
 
     def gradient_in_place(self, s, local, state, grads):
         # e^(s - m_tile) is there already; move it to the common reference in the same product
-        return s.mul_(grads[1] * torch.exp(local[0] - _finite(state[0])))
+        return s.mul_(_there(grads[1]) * torch.exp(local[0] - _finite(state[0])))
 
     @triton_form
-    def lift_triton(s):  # noqa: N805
+    def lift_triton(s):
         m = tl.max(s, axis=1)
         ref = tl.where(m == float("-inf"), 0.0, m)
         return m, tl.sum(tl.exp2((s - ref[:, None]) * 1.4426950408889634), axis=1)
 
     @triton_form
-    def gradient_triton(s, m, g):  # noqa: N805
+    def gradient_triton(s, m, g):
         ref = tl.where(m == float("-inf"), 0.0, m)
         return tl.exp2((s - ref[:, None]) * 1.4426950408889634) * g[:, None]
 
@@ -275,19 +283,22 @@ class ShiftedMoment(Fold):
         u = torch.sub(s, _finite(state[0]), out=out).clamp_(min=self._LOWEST)
         e = torch.exp(u)
         if grads[2] is None:
-            return torch.mul(e, grads[1], out=out)
+            return torch.mul(e, _there(grads[1]), out=out)
         u.mul_(grads[2])
         return (u if grads[1] is None else u.add_(grads[1])).mul_(e)
 
     @triton_form
-    def gradient_triton(s, m, g_l, g_t):  # noqa: N805
+    def gradient_triton(s, m, g_l, g_t):
         ref = tl.where(m == float("-inf"), 0.0, m)
         u = tl.maximum(s - ref[:, None], -1e4)
         return tl.exp2(u * 1.4426950408889634) * (g_l[:, None] + g_t[:, None] * u)
 
 
 class _Entropy(torch.autograd.Function):
-    """H = log(1 + l) - (t + l) / (1 + l), with dH/dl = (t + l) / (1 + l)^2 in one piece: autograd's is a difference of two numbers near 1."""
+    """H = log(1 + l) - (t + l) / (1 + l).
+
+    dH/dl = (t + l) / (1 + l)^2 in one piece: autograd's is a difference of two numbers near 1.
+    """
 
     generate_vmap_rule = True
 
@@ -354,7 +365,8 @@ class SumFold(Fold):
 
     def gradient(self, tile, tensors, state, grads, out):
         slope = self.slope(tile.s, self.numbers, tensors)
-        torch.mul(slope, grads[0], out=out) if slope.shape == out.shape else out.copy_(slope * grads[0])
+        g = _there(grads[0])
+        torch.mul(slope, g, out=out) if slope.shape == out.shape else out.copy_(slope * g)
         return tile.clear_picks(out) if self.exclude_picks else out
 
     term_triton: ClassVar[TritonForm | None] = None
@@ -383,11 +395,11 @@ class Total(SumFold):
         return tensors[0] if tensors else s.new_ones(())
 
     @triton_form
-    def term_triton(s, c):  # noqa: N805
+    def term_triton(s, c):
         return s * c
 
     @triton_form
-    def slope_triton(s, c):  # noqa: N805
+    def slope_triton(s, c):
         return c
 
 
@@ -409,15 +421,15 @@ class Dot(SumFold):
         return tensors[0] * tensors[1] if len(tensors) > 1 else tensors[0]
 
     def tensor_gradient(self, which, tile, tensors, state, grads):
-        g = tile.s * grads[0]
+        g = tile.s * _there(grads[0])
         return g * tensors[1] if len(tensors) > 1 else g
 
     @triton_form
-    def term_triton(s, t, c):  # noqa: N805
+    def term_triton(s, t, c):
         return s * t * c
 
     @triton_form
-    def slope_triton(s, t, c):  # noqa: N805
+    def slope_triton(s, t, c):
         return t * c
 
 

@@ -41,8 +41,11 @@ def refuse_transforms(tensors: Sequence[Tensor]) -> None:
     """Raise under torch.func transforms and forward-mode AD, which would lose the op's gradient."""
     if torch.compiler.is_compiling():
         return
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        raise RuntimeError("bigclass: torch.func transforms (grad, vmap, jvp, ...) are not supported by the streaming engines" + _ONLY_DENSE)
+    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    if functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(
+            "bigclass: torch.func transforms (grad, vmap, jvp, ...) are not supported by the streaming engines" + _ONLY_DENSE
+        )
     forward_ad = torch.autograd.forward_ad
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         raise RuntimeError("bigclass: forward-mode AD is not supported by the streaming engines" + _ONLY_DENSE)

@@ -12,8 +12,8 @@ Every loss is arithmetic on what the first returns. With g_i what reached row i'
 
 Costs in flops: 2NCD for the forward; 8NCD for reduce_logits with its backward, 6NCD for stream_loss. Memory: plan.py.
 
-Both are custom ops with fake kernels (one graph under torch.compile). A stream and its folds cross as a string of registered names, numbers and
-tensors (recipe.py). The dense engine is the exception: plain autograd, no custom op.
+Both are custom ops with fake kernels (one graph under torch.compile). A stream and its folds cross as a string of
+registered names, numbers and tensors (recipe.py). The dense engine is the exception: plain autograd, no custom op.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ def stream_loss(
         row_loss: the name of a registered row loss. args: its tensors, each with N rows. numbers: its constants.
 
     Returns:
-        The sum, in fp32 (float64 for float64 streams; float64 args make the sum itself run in float64). Gradients reach the stream's tensors, the folds' and args.
+        The sum, in fp32 (float64 for float64 streams; float64 args make the sum itself run in float64).
+        Gradients reach the stream's tensors, the folds' and args.
     """
     if row_loss not in ROW_LOSSES:
         raise KeyError(f"row_loss: no {row_loss!r} is registered; known: {sorted(ROW_LOSSES)}")
@@ -235,7 +236,10 @@ def _(tensors, picks, keep, args, recipe, numbers, row_loss, row_numbers, plan, 
 def _row_loss_gradients(row_loss, numbers, folds, states, picked, args, arg_needs, mask):
     """One chunk's row losses and their derivatives, by plain autograd on N-vectors."""
     with autograd_inside_op():
-        leaves = [tuple([t.detach().requires_grad_(d) for t, d in zip(s, f.differentiable, strict=True)]) for s, f in zip(states, folds, strict=True)]
+        leaves = [
+            tuple([t.detach().requires_grad_(d) for t, d in zip(s, f.differentiable, strict=True)])
+            for s, f in zip(states, folds, strict=True)
+        ]
         picked = None if picked is None else picked.detach().requires_grad_()
         args = [a.detach().requires_grad_(need) for a, need in zip(args, arg_needs, strict=True)]
         total = ROW_LOSSES[row_loss]([_squeeze(s) for s in leaves], picked, args, numbers)
@@ -389,4 +393,6 @@ def _assert_picks(picks: Tensor | None, c: int) -> None:
         if int(low) < -1 or int(high) >= c:
             raise IndexError(f"target (or index): expected class indices in [0, {c}), got {int(high) if int(high) >= c else int(low)}")
     else:
-        torch._assert_async(((picks >= -1) & (picks < c)).all(), f"bigclass: a class index is outside [0, {c})")
+        torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
+            ((picks >= -1) & (picks < c)).all(), f"bigclass: a class index is outside [0, {c})"
+        )

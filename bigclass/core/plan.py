@@ -2,10 +2,10 @@
 
 Costs, with 2NCD flops called a pass:
 
-    gradients "forward"     3 passes. Whole rows must be known before their gradients, so logits of `chunk` rows x all C classes are kept
+    gradients "forward"     3 passes. Whole rows must be known before their gradients, so logits of `chunk` rows x C classes are kept
                             at once; dw (fp32) is re-read once a chunk. Worth it while a chunk holds enough rows for a GEMM to run well.
-    gradients "recompute"   4 passes. Logits exist one tile at a time, in the forward and again in the backward; classes are the outer loop, so
-                            dw of a slab is finished before the next begins and needs no fp32 copy of the whole.
+    gradients "recompute"   4 passes. Logits exist one tile at a time, in the forward and again in the backward; classes are the outer
+                            loop, so dw of a slab is finished before the next begins and needs no fp32 copy of the whole.
 
 A tile is `row_block` x `class_block` logits: big enough for the library's GEMM to run at its rate, small enough for the
 elementwise passes to find it in cache (CPU).
@@ -197,7 +197,9 @@ def make_plan(work: Work, engine: str = "auto", options: Settings | None = None)
         if engine == "dense":
             why.append("asked for: logits are written out whole and differentiated by autograd")
         else:
-            why.append(f"{n} x {c} logits are {size / MIB:.2f} MiB, under {DENSE_BYTES / MIB:.0f} MiB: fixed costs rule, so they are written out")
+            why.append(
+                f"{n} x {c} logits are {size / MIB:.2f} MiB, under {DENSE_BYTES / MIB:.0f} MiB: fixed costs rule, so they are written out"
+            )
         return Plan("dense", "none" if gradients == "none" else "forward", 0, n, c, size * (3 if work.grad else 2), tuple(why))
     why.append("asked for" if engine == "tiled" else f"{n} x {c} logits would be {size / MIB:.0f} MiB: made a tile at a time instead")
     elements = _tile_elements(work, options)
@@ -211,7 +213,9 @@ def make_plan(work: Work, engine: str = "auto", options: Settings | None = None)
         row_block = chunk
         class_block = _even(c, elements // chunk)
         kept = chunk * c * work.item
-        why.append(f"{chunk} whole rows of logits ({kept / MIB:.1f} MiB) fit the workspace, so gradients are made with the loss: 3 passes instead of 4")
+        why.append(
+            f"{chunk} whole rows of logits ({kept / MIB:.1f} MiB) fit the workspace: gradients come with the loss, 3 passes instead of 4"
+        )
         if work.half:
             why.append("dw stays fp32 until the upstream gradient arrives (one C x D fp32 buffer)")
         tiles = (work.buffers - 1) * chunk * class_block * work.item
@@ -227,7 +231,9 @@ def make_plan(work: Work, engine: str = "auto", options: Settings | None = None)
             why.append("recompute was asked for")
         else:
             fit = _chunk_rows(work, options)
-            why.append(f"only {fit} whole rows of {c} logits fit the workspace: tiles are recomputed in the backward (4 passes, no fp32 copy of dw)")
+            why.append(
+                f"only {fit} whole rows of {c} logits fit the workspace: the backward makes tiles again (4 passes, no fp32 copy of dw)"
+            )
     else:
         why.append("no gradients wanted: one pass")
     tiles = work.buffers * row_block * class_block * work.item

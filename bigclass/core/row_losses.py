@@ -13,12 +13,14 @@ It crosses the custom op by name: register it with `@register_row_loss("name")`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from bigclass.core.errors import ArgumentError
 
-RowLoss = Callable[[Sequence[tuple[Tensor, ...]], Tensor, Sequence[Tensor], Sequence[float]], Tensor]
+# picked is None only where a loss asks for no picks, so it is left untyped
+RowLoss = Callable[[Sequence[tuple[Tensor, ...]], Any, Sequence[Tensor], Sequence[float]], Tensor]
 
 ROW_LOSSES: dict[str, RowLoss] = {}
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,7 +29,6 @@ from bigclass.core.errors import ArgumentError, ArgumentTypeError
 from bigclass.core.triton_form import TritonForm, triton_form
 
 if TYPE_CHECKING:  # names inside Triton forms; bound when the form is compiled
-    import triton.language as tl
     from triton.language.extra import libdevice
 
 
@@ -57,9 +56,7 @@ class Map:
         raise NotImplementedError
 
     @staticmethod
-    def tensor_gradients(
-        g: Tensor, z: Tensor | None, s: Tensor, numbers: Sequence[float], tensors: Sequence[Tensor]
-    ) -> tuple[Tensor, ...]:
+    def tensor_gradients(g: Tensor, z: Tensor | None, s: Tensor, numbers: Sequence[float], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """dL/dtensor for each tensor, summed over this tile. Called before `backward` and must leave g alone."""
         return ()
 
@@ -67,10 +64,12 @@ class Map:
     backward_triton: ClassVar[TritonForm | None] = None
 
 
+AnyMap = TypeVar("AnyMap", bound=Map)
+
 MAPS: dict[str, type[Map]] = {}
 
 
-def register_map(cls: type[Map]) -> type[Map]:
+def register_map(cls: type[AnyMap]) -> type[AnyMap]:
     """Make a `Map` known under its `name`, so that it can cross a custom op."""
     _check_name(cls.name, MAPS, cls)
     MAPS[cls.name] = cls
@@ -107,14 +106,14 @@ class Scale(Map):
 
     @staticmethod
     def tensor_gradients(g, z, s, numbers, tensors):
-        return ((g * z).sum().reshape(tensors[0].shape),) if tensors else ()
+        return ((g * z).sum().reshape(tensors[0].shape),) if tensors and z is not None else ()
 
     @triton_form
-    def forward_triton(z, a):  # noqa: N805 - a device function, not a method
+    def forward_triton(z, a):
         return z * a
 
     @triton_form
-    def backward_triton(g, s, a):  # noqa: N805
+    def backward_triton(g, s, a):
         return g * a
 
 
@@ -145,11 +144,11 @@ class Softcap(Map):
         return g.addcmul_(g * s, s, value=-1.0 / numbers[0] ** 2)
 
     @triton_form
-    def forward_triton(z, c):  # noqa: N805
+    def forward_triton(z, c):
         return c * libdevice.tanh(z / c)
 
     @triton_form
-    def backward_triton(g, s, c):  # noqa: N805
+    def backward_triton(g, s, c):
         return g * (1.0 - (s / c) * (s / c))
 
 
@@ -249,6 +248,4 @@ class Stream:
         pairs = tuple((next(it), next(it)) for _ in self.pairs)
         optional = [None if t is None else next(it) for t in (self.bias, self.class_scale, self.given, self.scale_tensor)]
         maps = tuple(replace(m, tensors=tuple(next(it) for _ in m.tensors)) for m in self.maps)
-        return replace(
-            self, pairs=pairs, bias=optional[0], class_scale=optional[1], given=optional[2], scale_tensor=optional[3], maps=maps
-        )
+        return replace(self, pairs=pairs, bias=optional[0], class_scale=optional[1], given=optional[2], scale_tensor=optional[3], maps=maps)

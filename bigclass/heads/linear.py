@@ -100,7 +100,15 @@ class CCEHead(_LinearHead):
     def num_classes(self) -> int:
         return self.out_features
 
-    def forward(self, features: Tensor, target: Tensor | None = None, *, weight: Tensor | None = None, reduction: str = "mean", return_stats: bool = False):  # type: ignore[override]
+    def forward(
+        self,
+        features: Tensor,
+        target: Tensor | None = None,
+        *,
+        weight: Tensor | None = None,
+        reduction: str = "mean",
+        return_stats: bool = False,
+    ):  # type: ignore[override]
         """Logits (..., C) without a target; with one ((...) indices or (..., C) probabilities) the loss of `linear_cross_entropy`."""
         if target is None:
             return self.logits(features)
@@ -143,15 +151,27 @@ class LMHead(_LinearHead):
         self.weight = embedding.weight
         return self
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None, *, shift: int | None = None, weight: Tensor | None = None, reduction: str = "mean", return_stats: bool = False):  # type: ignore[override]
+    def forward(
+        self,
+        hidden: Tensor,
+        labels: Tensor | None = None,
+        *,
+        shift: int | None = None,
+        weight: Tensor | None = None,
+        reduction: str = "mean",
+        return_stats: bool = False,
+    ):  # type: ignore[override]
         """Logits (..., T, C) without labels; with labels (..., T) the loss of `linear_cross_entropy` (`shift`: instead of the head's)."""
         if labels is None:
             return self.logits(hidden)
         check_tensor("labels", labels)
         if labels.is_floating_point():
-            raise ArgumentError(f"labels: expected token indices (..., T), got {labels.dtype}; use linear_cross_entropy for class probabilities")
-        return self._loss(hidden, labels, shift=self.shift if shift is None else shift, weight=weight, reduction=reduction, return_stats=return_stats)
+            raise ArgumentError(
+                f"labels: expected token indices (..., T), got {labels.dtype}; use linear_cross_entropy for class probabilities"
+            )
+        return self._loss(
+            hidden, labels, shift=self.shift if shift is None else shift, weight=weight, reduction=reduction, return_stats=return_stats
+        )
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.shift == 1 else f", shift={self.shift}")
-

@@ -16,7 +16,7 @@ All constant factors, that divisor included, enter as row vectors, so that the u
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -143,7 +143,9 @@ def linear_cross_entropy(
     lead = input.shape[:-1]
     _check_options(reduction, label_smoothing, z_loss, grad_filter, weight, classes, input)
     if positions and len(lead) != 1:
-        raise ArgumentError(f"input: a K-dimensional loss (linear_weight {tuple(linear_weight.shape)}) needs (N, D), got {tuple(input.shape)}")
+        raise ArgumentError(
+            f"input: a K-dimensional loss (linear_weight {tuple(linear_weight.shape)}) needs (N, D), got {tuple(input.shape)}"
+        )
     probabilities = tuple(target.shape) == (*lead, classes, *positions)
     if target.device != input.device:
         raise ArgumentError(f"target: expected device {input.device} (that of input), got {target.device}")
@@ -151,7 +153,9 @@ def linear_cross_entropy(
         if ignore_index is not None:
             raise ArgumentError("ignore_index: cannot be specified when target contains class probabilities; leave it None")
         if not target.is_floating_point():
-            raise ArgumentTypeError(f"target: expected floating-point class probabilities for shape {tuple(target.shape)}, got {target.dtype}")
+            raise ArgumentTypeError(
+                f"target: expected floating-point class probabilities for shape {tuple(target.shape)}, got {target.dtype}"
+            )
         if shift:
             raise ArgumentError("shift: works on class indices; slice the features and the class probabilities instead")
     else:
@@ -162,21 +166,24 @@ def linear_cross_entropy(
             )
         check_index("target", target, input.device, -100 if ignore_index is None else ignore_index)
         target = target.long()  # ignore_index may be any number
-    if engine == "auto" and not (positions or probabilities or shift or return_stats or label_smoothing or z_loss or weight is not None):
-        if softcap is None and logit_scale is None and _is_small(input, linear_weight, target, ignore_index):
-            loss = _small(input, linear_weight, linear_bias, target, reduction)
-            if math.isfinite(float(loss.detach().sum())):  # else: NaN and infinities as the general road has them
-                return loss
+    plain = not (positions or probabilities or shift or return_stats or label_smoothing or z_loss)
+    plain = plain and weight is None and softcap is None and logit_scale is None and engine == "auto"
+    if plain and _is_small(input, linear_weight, target, ignore_index):
+        loss = _small(input, linear_weight, linear_bias, target, reduction)
+        if math.isfinite(float(loss.detach().sum())):  # else: NaN and infinities as the general road has them
+            return loss
     options = _Options(weight, label_smoothing, z_loss, -100 if ignore_index is None else ignore_index, engine)
     if positions:
         if shift:
             raise ArgumentError("shift: is not defined for a K-dimensional loss")
-        return _per_position(input, linear_weight, linear_bias, target, probabilities, softcap, logit_scale, options, reduction, return_stats)
+        return _per_position(
+            input, linear_weight, linear_bias, target, probabilities, softcap, logit_scale, options, reduction, return_stats
+        )
     stream = make_stream(input, linear_weight, linear_bias, softcap, logit_scale)
     if probabilities:
         return _finish([_Task(stream, target.reshape(-1, classes), options)], lead, reduction, return_stats)
     target, cut = _shifted(target, shift, options.ignore_index)
-    out = _finish([_Task(stream, target.reshape(-1), options)], lead, reduction, return_stats)
+    out: Any = _finish([_Task(stream, target.reshape(-1), options)], lead, reduction, return_stats)
     return out if cut is None else _cut(out, cut, reduction, return_stats)
 
 
@@ -191,7 +198,7 @@ def _is_small(input: Tensor, linear_weight: Tensor, target: Tensor, ignore_index
         return False
     low, high = target.aminmax()
     low, high = int(low), int(high)
-    return 0 <= low and high < linear_weight.shape[0] and not low <= (-100 if ignore_index is None else ignore_index) <= high
+    return low >= 0 and high < linear_weight.shape[0] and not low <= (-100 if ignore_index is None else ignore_index) <= high
 
 
 def _small(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, reduction: str) -> Tensor:
@@ -294,7 +301,7 @@ def _finish(tasks: list[_Task], shape, reduction: str, return_stats: bool):
             loss = loss.to(tasks[0].stream.accumulate_dtype)
     if not return_stats:
         return loss
-    stats = [s for _, s in outs]
+    stats = [s for _, s in outs if s is not None]
     return loss, Stats(_join([s.lse for s in stats], shape), _join([s.correct for s in stats], shape))
 
 
@@ -356,7 +363,9 @@ def _prepare(task: _Task) -> _Prepared:
     return _Prepared(task, picks, keep, (LogSumExp(exclude_picks=True), *smooth_folds), "cross_entropy", factors, mass, rows)
 
 
-def _run(p: _Prepared, factor: tuple[Tensor, Tensor] | None, rowwise: bool, return_stats: bool) -> tuple[Tensor, Stats | None]:
+def _run(
+    p: _Prepared, factor: tuple[float | Tensor, float | Tensor] | None, rowwise: bool, return_stats: bool
+) -> tuple[Tensor, Stats | None]:
     """The loss (a sum, or (N,)) and the stats of one prepared task."""
     stream, _, options = p.task
     n = stream.shape[0]

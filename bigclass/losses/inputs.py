@@ -69,7 +69,8 @@ def check_scale(logit_scale: float | Tensor, input: Tensor) -> None:
     if isinstance(logit_scale, Tensor):
         if logit_scale.numel() != 1 or not logit_scale.is_floating_point():
             raise ArgumentError(
-                f"logit_scale: expected a number or a floating-point tensor of shape () or (1,), got {logit_scale.dtype} {tuple(logit_scale.shape)}"
+                f"logit_scale: expected a number or a floating-point tensor of shape () or (1,), got {logit_scale.dtype} "
+                f"{tuple(logit_scale.shape)}"
             )
         if logit_scale.device != input.device:
             raise ArgumentError(f"logit_scale: expected device {input.device} (that of input), got {logit_scale.device}")

@@ -78,7 +78,7 @@ def linear_log_prob(
         index: (...) or (..., K) class indices, int64 or int32.
         temperature: > 0; divides the (soft-capped) logits.
         return_entropy: also return the entropy of each row in nats, (...).
-        ignore_index: where index has this value, log p is 0 (an ignored row of a single index: its entropy too, and it contributes nothing).
+        ignore_index: where index has this value, log p is 0. Of a single index a row: its entropy too, and the row contributes nothing.
         softcap, logit_scale, engine: as in `linear_cross_entropy`.
 
     Returns:

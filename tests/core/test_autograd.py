@@ -39,7 +39,7 @@ def assert_gradients(loss, x, w, truth, grads, scale=1.0, limit=1e-5):
 @pytest.mark.parametrize("scale", [0.25, -3.0, 0.0])
 def test_a_scaled_loss_scales_every_gradient(problem, scale):
     """Pitfall 20."""
-    x, w, loss, truth, grads = problem
+    x, w, loss, _, grads = problem
     (loss() * scale).backward()
     for leaf, t in zip((x, w), grads, strict=True):
         assert error(leaf.grad, t * scale) < 1e-5
@@ -58,7 +58,7 @@ def test_a_second_backward_with_retain_graph_adds_the_same_gradients_again(probl
 
 
 def test_a_backward_after_the_weight_changed_raises_instead_of_using_the_new_weight(problem):
-    x, w, loss, *_ = problem
+    _, w, loss, *_ = problem
     value = loss()
     with torch.no_grad():
         w.mul_(2.0)
@@ -85,7 +85,9 @@ def test_activation_checkpointing_gives_the_same_gradients(problem, reentrant):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_one_graph_under_torch_compile_forward_and_backward(problem, reduction):
     x, w, loss, truth, grads = problem
-    compiled = torch.compile(lambda x, w: loss(x, w, reduction=reduction).sum() / (1 if reduction == "mean" else 39), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda x, w: loss(x, w, reduction=reduction).sum() / (1 if reduction == "mean" else 39), fullgraph=True, backend="aot_eager"
+    )
     for _ in range(2):
         assert_gradients(compiled(x, w), x, w, truth, grads)
         assert_gradients(compiled(x, w) * 0.5, x, w, truth, grads, 0.5)
@@ -143,7 +145,7 @@ def test_autocast_never_rounds_logits_and_keeps_master_gradients_in_their_dtype(
 @pytest.mark.parametrize("features", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32, torch.float64])
 def test_weights_of_another_dtype_than_the_input_get_gradients_in_their_own(gradients, features, weights):
-    x, w, b, y = draw("flat", 30, 300, 9, torch.float64, 1)
+    x, w, _, y = draw("flat", 30, 300, 9, torch.float64, 1)
     x, w = x.detach().to(features).requires_grad_(), w.detach().to(weights).requires_grad_()
     exact = [t.detach().double().requires_grad_() for t in (x, w)]
     truth = torch.autograd.grad(F.cross_entropy(F.linear(*exact), y), exact)
@@ -173,7 +175,7 @@ def test_what_a_streaming_engine_cannot_differentiate_raises(problem, attempt):
 
 def test_forward_mode_raises(problem):
     x, w, loss, *_ = problem
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode AD .* engine='dense'"):
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match=r"forward-mode AD .* engine='dense'"):
         loss(torch.autograd.forward_ad.make_dual(x.detach(), x.detach()), w)
 
 

@@ -76,7 +76,18 @@ def cases(draw, dtypes=(torch.float64, torch.float32), rows_may_be_ignored=True)
             w = w.t().contiguous().t().detach().requires_grad_(w.requires_grad)
         pairs.append((x, w))
     maps = draw(
-        st.sampled_from([(), ("cap",), ("scale",), ("learnt",), ("learnt", "cap"), ("cap", "scale"), ("cap", "learnt"), ("learnt", "cap", "learnt", "scale")])
+        st.sampled_from(
+            [
+                (),
+                ("cap",),
+                ("scale",),
+                ("learnt",),
+                ("learnt", "cap"),
+                ("cap", "scale"),
+                ("cap", "learnt"),
+                ("learnt", "cap", "learnt", "scale"),
+            ]
+        )
     )
     make = {
         "cap": lambda: Softcap.at(2.0),
@@ -195,7 +206,7 @@ def squared(folds, picked, args, numbers):
 @given(case=cases(), exclude=st.booleans())
 def test_a_loss_made_in_the_forward_equals_one_made_from_the_folds(road, compact, case, exclude):
     """The two forms of the op cannot drift apart: one row loss serves both. Args of a row loss get gradients, too."""
-    if case.picks is None or exclude and int(case.stream.shape[1]) <= case.picks.shape[1]:
+    if case.picks is None or (exclude and int(case.stream.shape[1]) <= case.picks.shape[1]):
         return
     n = case.stream.shape[0]
     args = (torch.rand(n, dtype=torch.float64, requires_grad=True), torch.rand(n))
@@ -225,7 +236,9 @@ def test_a_loss_made_in_the_forward_equals_one_made_from_the_folds(road, compact
 
 @pytest.mark.parametrize("engine", ["dense", "tiled"])
 @settings(max_examples=30)
-@given(n=st.integers(1, 40), c=st.integers(1, 3000), k=st.integers(1, 12), ascending=st.booleans(), axis=st.sampled_from(["rows", "columns"]))
+@given(
+    n=st.integers(1, 40), c=st.integers(1, 3000), k=st.integers(1, 12), ascending=st.booleans(), axis=st.sampled_from(["rows", "columns"])
+)
 def test_top_k_is_that_of_the_definition(engine, n, c, k, ascending, axis):
     torch.manual_seed(n * c)
     given = torch.randn(n, c)

@@ -13,8 +13,10 @@ from bigclass.core.plan import MIB, Settings, Work, make_plan
 
 @settings(max_examples=300)
 @given(
-    n=st.integers(0, 10**6), c=st.integers(1, 10**7), d=st.integers(1, 8192), workspace=st.integers(1, 512), scalar=st.booleans(), grad=st.booleans(),
-    half=st.booleans(), wide=st.booleans(), device=st.sampled_from(["cpu", "cuda"]), buffers=st.integers(1, 5), gradients=st.sampled_from(["auto", "recompute"]),
+    n=st.integers(0, 10**6), c=st.integers(1, 10**7), d=st.integers(1, 8192), workspace=st.integers(1, 512),
+    scalar=st.booleans(), grad=st.booleans(),
+    half=st.booleans(), wide=st.booleans(), device=st.sampled_from(["cpu", "cuda"]),
+    buffers=st.integers(1, 5), gradients=st.sampled_from(["auto", "recompute"]),
 )  # fmt: skip
 def test_every_plan_covers_the_problem_and_keeps_to_the_workspace(n, c, d, workspace, scalar, grad, half, wide, device, buffers, gradients):
     work = Work(n=n, c=c, d=d, device=device, scalar=scalar, grad=grad, half=half, wide=wide, buffers=buffers)

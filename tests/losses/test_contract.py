@@ -35,7 +35,12 @@ def exact(x, w, b, y):
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 @settings(max_examples=12)
 @given(
-    kind=st.sampled_from(KINDS), n=st.integers(64, 150), c=st.integers(257, 1500), d=st.integers(1, 130), seed=st.integers(0, 2**31), bias=st.booleans()
+    kind=st.sampled_from(KINDS),
+    n=st.integers(64, 150),
+    c=st.integers(257, 1500),
+    d=st.integers(1, 130),
+    seed=st.integers(0, 2**31),
+    bias=st.booleans(),
 )
 def test_a_single_draw_is_as_exact_as_dense_and_gradients_survive_confident_rows(road, dtype, kind, n, c, d, seed, bias):
     x, w, b, y = draw(kind, n, c, d, dtype, seed)

@@ -190,4 +190,3 @@ def _values(maker: TileMaker, z: Tensor, again: bool = False) -> list[Tensor]:
     if maker.in_place:
         return [z] * (1 + len(maker.stream.maps)) if again else maker.bend(z, keep_inputs=False)
     return maker.bend(z, keep_inputs=True)
-
