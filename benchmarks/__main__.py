@@ -58,6 +58,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=_count, help="times everyone is timed (default: 5 on a CPU, 11 on a GPU)")
     parser.add_argument("--threads", type=_count, help="CPU threads (default: torch's)")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory, a process each")
+    parser.add_argument("--keep-memory", action=argparse.BooleanOptionalAction, default=True, help="glibc keeps freed memory between calls")
     parser.add_argument("--check", action=argparse.BooleanOptionalAction, default=True, help="compare with a float64 reference")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON file and the plot (default: benchmarks/results)")
     parser.add_argument("--quick", action="store_true", help="few shapes, smaller, fewer rounds: about a minute")
@@ -90,7 +91,7 @@ def run(options: argparse.Namespace, command: str) -> int:
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     from . import report
-    from .machine import describe_machine, describe_versions, hardware_name
+    from .machine import describe_machine, describe_versions, hardware_name, keep_freed_memory
     from .measure import Case, add_memory, copy_memory, measure_case
 
     if options.threads:
@@ -100,6 +101,8 @@ def run(options: argparse.Namespace, command: str) -> int:
     if not console.is_terminal:  # a log file has no width; a table cut to 80 columns has no use
         console = Console(width=150)
     machine = describe_machine(device)
+    if options.keep_memory:
+        machine["keeps_freed_memory"] = keep_freed_memory()
     started = time.strftime("%Y-%m-%dT%H-%M-%S")
     head = {
         "command": command,

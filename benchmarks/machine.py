@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import ctypes
 import platform
 from pathlib import Path
 from typing import Any
@@ -102,3 +103,16 @@ def _units(*names: str) -> bool | None:
 def _cpu_capabilities() -> dict[str, Any]:
     query = getattr(torch.cpu, "get_capabilities", None)  # not there before torch 2.12
     return dict(query()) if query else {}
+
+
+def keep_freed_memory() -> bool:
+    """Have glibc keep freed memory for the next allocation, as the allocators of training runs do (jemalloc, tcmalloc, CUDA's own).
+
+    By itself it hands blocks above 32 MiB back to the system, whose page faults then outweigh what is measured: on a virtual machine the
+    dense loss took twice its time. Returns whether this system has the knobs.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    libc = ctypes.CDLL(None)
+    return bool(libc.mallopt(m_mmap_threshold, 1 << 30) and libc.mallopt(m_trim_threshold, (1 << 31) - 1))
