@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import os
-import ctypes
 import platform
 from pathlib import Path
 from typing import Any
