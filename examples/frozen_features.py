@@ -25,16 +25,16 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.manual_seed(0)
-    prototypes = torch.randn(options.classes, options.features)
+    prototypes = torch.nn.functional.normalize(torch.randn(options.classes, options.features), dim=1)
     head = bigclass.CCEHead(options.features, options.classes, label_smoothing=0.05)
-    optimizer = torch.optim.SGD(head.parameters(), lr=300.0, momentum=0.9)
+    optimizer = torch.optim.Adam(head.parameters(), lr=0.05)
     print(head)
     print(bigclass.explain(options.batch, options.classes, options.features))
     print(f"log C = {math.log(options.classes):.2f}")
 
     for step in range(1, options.steps + 1):
         labels = torch.randint(options.classes, (options.batch,))
-        features = prototypes[labels] + 0.3 * torch.randn(options.batch, options.features)
+        features = prototypes[labels] + 0.03 * torch.randn(options.batch, options.features)
         loss, stats = head(features, labels, return_stats=True)
         optimizer.zero_grad()
         loss.backward()
