@@ -69,5 +69,20 @@ def test_half_types_add_one_fp32_dw_in_the_forward_plan_and_nothing_in_the_recom
     assert wide * 0.5 <= peak(loss_and_gradients, 1024, c, d, torch.bfloat16, "forward", {}) <= 96 + wide
 
 
+def no_gradients(n: int, c: int, d: int, dtype: torch.dtype):
+    def run(n: int, c: int):
+        x, w, y = torch.randn(n, d).to(dtype), torch.randn(c, d).to(dtype), torch.randint(0, c, (n,))
+        return lambda: (bigclass.linear_cross_entropy(x, w, y, engine="tiled"), *bigclass.linear_topk(x, w, 3, engine="tiled"))
+
+    run(64, 3000)()
+    return run(n, c)
+
+
+@pytest.mark.parametrize(("n", "c", "d"), [(4, 100000, 256), (140, 60000, 1024)])
+def test_no_half_precision_weight_is_widened_whole(n, c, d):
+    """Few rows would make a slab of many classes; its fp32 copy counts."""
+    assert peak(no_gradients, n, c, d, torch.bfloat16) <= 64
+
+
 def test_prediction_over_three_million_classes_needs_under_64_mib():
     assert peak(topk, 256, 3_000_000, 64, 5) <= 64

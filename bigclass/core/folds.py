@@ -130,7 +130,10 @@ class Fold:
         raise NotImplementedError
 
     def tensor_gradient(self, which: int, tile: Tile, tensors: Sequence[Tensor], state: State, grads: Sequence[Tensor | None]) -> Tensor:
-        """This tile's part of dL/dtensors[which]: (n, 1) for a "kept" tensor, (n, c) for a "grid"."""
+        """This tile's part of dL/dtensors[which]: (n, 1) for a "kept" tensor, (n, c) for a "grid".
+
+        With `exclude_picks` the picks have no part in it: `tile.clear_picks` on a copy in `tile.scratch`.
+        """
         raise NotImplementedError(f"fold {self.name!r} has no gradient for its tensor {which}")
 
     def lift_in_place(self, tile: Tile) -> State:
@@ -422,7 +425,8 @@ class Dot(SumFold):
 
     def tensor_gradient(self, which, tile, tensors, state, grads):
         g = tile.s * _there(grads[0])
-        return g * tensors[1] if len(tensors) > 1 else g
+        g = g * tensors[1] if len(tensors) > 1 else g
+        return tile.clear_picks(_own(g, tile)) if self.exclude_picks else g
 
     @triton_form
     def term_triton(s, t, c):

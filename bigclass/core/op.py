@@ -27,7 +27,7 @@ from bigclass.core.engines import dense, streaming_engine
 from bigclass.core.errors import ArgumentError, ArgumentTypeError
 from bigclass.core.folds import Fold, State
 from bigclass.core.guards import autocast_off, autograd_inside_op, refuse_create_graph, refuse_transforms
-from bigclass.core.plan import Plan, Settings, Work, choose_engine, choose_gradients, make_plan, settings
+from bigclass.core.plan import Plan, Settings, Work, choose_engine, choose_gradients, make_plan, settings, tile_buffers
 from bigclass.core.recipe import pack, unpack
 from bigclass.core.row_losses import ROW_LOSSES
 from bigclass.core.stream import Stream
@@ -42,7 +42,7 @@ def reduce_logits(
         stream: how the logits are made.
         picks: (N, K) class indices, -1 for none; or None.
         folds: what to fold them to.
-        keep: (N,) bool; rows where it is False contribute exactly nothing (their states are the folds' identities, their picks 0).
+        keep: (N,) bool; rows where it is False contribute exactly nothing, to gradients either; what is returned for them means nothing.
         engine: "auto", "dense" or "tiled".
 
     Returns:
@@ -55,13 +55,15 @@ def reduce_logits(
     name = engine if engine == "dense" else choose_engine(_work(stream, folds, scalar=False), engine)
     if name == "dense":
         if picks is not None and torch.compiler.is_compiling():
-            picks = _checked(picks, stream.shape[1])  # outside a graph the gather checks
+            picks = _checked(picks, stream.shape[1])
+        else:
+            _assert_picks(picks, stream.shape[1])
         states, picked = dense.reduce(stream, picks, keep, folds)
     else:
         refuse_transforms([*stream.tensors, *(t for f in folds for t in f.tensors)])
         recipe, numbers, tensors = pack(stream, folds)
         needs = [t.requires_grad and torch.is_grad_enabled() for t in tensors]
-        outputs = _reduce(tensors, picks, keep, recipe, numbers, f"{name},recompute,{settings().workspace}", needs)
+        outputs = _reduce(tensors, picks, keep, recipe, numbers, f"{name},recompute,{settings().workspace or 0}", needs)
         states, at = [], 0
         for f in folds:
             parts = [t if d else t.detach() for t, d in zip(outputs[at : at + len(f.differentiable)], f.differentiable, strict=True)]
@@ -112,7 +114,7 @@ def stream_loss(
     _check(stream, picks, folds, keep)
     refuse_transforms(tensors)
     recipe, constants, tensors = pack(stream, folds)
-    plan = f"{name},{options.gradients},{options.workspace}"
+    plan = f"{name},{options.gradients},{options.workspace or 0}"
     return _stream_loss(tensors, picks, keep, list(args), recipe, constants, row_loss, [*numbers, 0.0], plan, needs)[0]
 
 
@@ -210,6 +212,7 @@ def _stream_loss(
     stream, folds = unpack(recipe, numbers, tensors)
     _assert_picks(picks, stream.shape[1])
     arg_needs = needs[len(tensors) :]
+    row_numbers = row_numbers[:-1]  # the caller's; the last only keeps the list from being empty, which autograd takes for tensors
 
     def evaluate(states: list[State], picked: Tensor | None, chunk: list[Tensor], mask: Tensor | None):
         return _row_loss_gradients(row_loss, row_numbers, folds, states, picked, chunk, arg_needs, mask)
@@ -351,15 +354,15 @@ def _work(stream: Stream, folds: Sequence[Fold], *, scalar: bool, grad: bool = T
         device=stream.device.type,
         scalar=scalar,
         grad=grad,
-        half=any(w.dtype.itemsize == 2 for _, w in stream.pairs),
+        half=any(t.dtype.itemsize == 2 for pair in stream.pairs for t in pair),
         wide=stream.accumulate_dtype == torch.float64,
-        buffers=(1 if lone and scalar else 2 if lone else 3) + len(stream.maps),
+        buffers=tile_buffers(lone, scalar, len(stream.maps)),
     )
 
 
 def _plan(plan: str, work: Work) -> Plan:
     engine, gradients, workspace = plan.split(",")
-    return make_plan(work, engine, Settings(int(workspace), gradients))
+    return make_plan(work, engine, Settings(int(workspace) or None, gradients))
 
 
 def _check(stream: Stream, picks: Tensor | None, folds: Sequence[Fold], keep: Tensor | None) -> None:

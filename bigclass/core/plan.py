@@ -30,8 +30,11 @@ GRADIENTS = ("auto", "forward", "recompute")
 # Measured on two cores of an EPYC 9004 with `python -m benchmarks --shapes tiny small cpu`.
 DENSE_BYTES = 2 * MIB
 
+# Temporary memory. GPUs: enough for chunks of full-rate GEMMs at a vocabulary of 128k (by the sizes; not yet measured on one).
+DEFAULT_WORKSPACE = {"cpu": 88 * MIB, "other": 1024 * MIB}
+
 # Rows of a chunk under which its GEMMs lose more than the fourth pass of "recompute" costs.
-MIN_CHUNK_ROWS = 128
+MIN_CHUNK_ROWS = {"cpu": 128, "other": 1024}
 
 # Elements of a tile. CPU: 11 MiB of fp32, which stay in the last-level cache between the GEMM and the folds (best of 0.5 to 22 Mi elements
 # at N=2048, C=32000, D=512 on two cores of an EPYC 9004). GPU: full GEMM rate.
@@ -43,11 +46,11 @@ CPU_ROW_BLOCK = 2048
 class Settings:
     """What a user may ask of the planner (`planning` sets it).
 
-    workspace: bytes of temporary memory beyond inputs, outputs and gradients.
+    workspace: bytes of temporary memory beyond inputs, outputs and gradients; None: DEFAULT_WORKSPACE.
     gradients: "forward", "recompute" or "auto". "recompute" also spares what activation checkpointing would pay twice.
     """
 
-    workspace: int = 88 * MIB
+    workspace: int | None = None
     gradients: str = "auto"
 
 
@@ -67,7 +70,7 @@ def planning(*, workspace: int | None = None, gradients: str | None = None) -> I
     A backward uses the settings that its forward ran under.
 
     Args:
-        workspace: bytes of temporary memory the engines may take (default 88 MiB). Smaller works too, slower.
+        workspace: bytes of temporary memory the engines may take (default: 88 MiB on a CPU, 1 GiB elsewhere). Smaller works too, slower.
         gradients: "forward" (3 passes of GEMM flops; gradients are made with the loss), "recompute" (4 passes, least memory;
             also right under activation checkpointing, which would pay for the forward's gradients twice) or "auto".
 
@@ -142,6 +145,10 @@ class Work:
     wide: bool = False
     buffers: int = 1
 
+    def of(self, table: dict[str, int]) -> int:
+        """This device's entry of a table."""
+        return table["cpu" if self.device == "cpu" else "other"]
+
     @property
     def item(self) -> int:
         return 8 if self.wide else 4
@@ -166,23 +173,37 @@ def choose_gradients(work: Work, options: Settings) -> str:
         return "recompute"
     if options.gradients == "forward":
         return "forward"
-    return "forward" if _chunk_rows(work, options) >= min(work.n, MIN_CHUNK_ROWS) else "recompute"
+    return "forward" if _chunk_rows(work, options) >= min(work.n, work.of(MIN_CHUNK_ROWS)) else "recompute"
 
 
 def _chunk_rows(work: Work, options: Settings) -> int:
     """Rows of logits that fit the workspace beside the tile buffers of the gradient."""
     tiles = (work.buffers - 1) * min(_tile_elements(work, options), work.n * work.c) * work.item
-    return max(options.workspace - tiles - _widened(work, options), 0) // max(work.c * work.item, 1)
+    fit = max(_workspace(work, options) - tiles - 2 * _cast_bytes(work, options), 0) // max(work.c * work.item, 1)
+    return min(fit, _cast_limit(work, options, 1))
 
 
 def _tile_elements(work: Work, options: Settings) -> int:
-    wanted = TILE_ELEMENTS["cpu" if work.device == "cpu" else "other"]
-    return max(min(wanted, options.workspace // (2 * work.item * max(work.buffers, 1))), 1)
+    return max(min(work.of(TILE_ELEMENTS), _workspace(work, options) // (2 * work.item * max(work.buffers, 1))), 1)
 
 
-def _widened(work: Work, options: Settings) -> int:
-    """Bytes for a tile's operands cast to fp32, and the slab of dw that is not fp32 in the end."""
-    return min(options.workspace // 4, 2 * work.d * 4096 * work.item) if work.half else 0
+def _workspace(work: Work, options: Settings) -> int:
+    return work.of(DEFAULT_WORKSPACE) if options.workspace is None else options.workspace
+
+
+def _cast_bytes(work: Work, options: Settings) -> int:
+    """Most bytes for operands cast to fp32: for a slab of classes (and its fp32 dw, where dw is cast slab by slab), and again for rows."""
+    return _workspace(work, options) // 8 if work.half else 0
+
+
+def _cast_limit(work: Work, options: Settings, copies: int) -> int:
+    """Most rows (or classes) to a block whose `copies` fp32 copies keep to `_cast_bytes`."""
+    return max(_cast_bytes(work, options) // (copies * max(work.d, 1) * work.item), 1) if work.half else max(work.n, work.c)
+
+
+def tile_buffers(lone: bool, scalar: bool, maps: int) -> int:
+    """Tile-sized work buffers: lone is a single fold that overwrites its tile, over unbent logits."""
+    return (1 if lone and scalar else 2 if lone else 3) + maps
 
 
 def make_plan(work: Work, engine: str = "auto", options: Settings | None = None) -> Plan:
@@ -211,7 +232,7 @@ def make_plan(work: Work, engine: str = "auto", options: Settings | None = None)
         aligned = -(-chunk // 16) * 16
         chunk = aligned if aligned <= min(fit, n) else chunk
         row_block = chunk
-        class_block = _even(c, elements // chunk)
+        class_block = _even(c, min(elements // chunk, _cast_limit(work, options, 1)))
         kept = chunk * c * work.item
         why.append(
             f"{chunk} whole rows of logits ({kept / MIB:.1f} MiB) fit the workspace: gradients come with the loss, 3 passes instead of 4"
@@ -219,11 +240,13 @@ def make_plan(work: Work, engine: str = "auto", options: Settings | None = None)
         if work.half:
             why.append("dw stays fp32 until the upstream gradient arrives (one C x D fp32 buffer)")
         tiles = (work.buffers - 1) * chunk * class_block * work.item
-        return Plan(name, gradients, chunk, row_block, class_block, kept + tiles + _widened(work, options), tuple(why))
+        cast = (chunk + class_block) * work.d * work.item if work.half else 0
+        return Plan(name, gradients, chunk, row_block, class_block, kept + tiles + cast, tuple(why))
     row_block = min(n, CPU_ROW_BLOCK) if work.device == "cpu" else n
-    row_block = max(min(row_block, elements // min(c, 1024)), 1)
+    row_block = max(min(row_block, elements // min(c, 1024), _cast_limit(work, options, 1)), 1)
     row_block = -(-n // -(-n // row_block))
-    class_block = _even(c, elements // row_block)
+    copies = 2 if work.grad else 1
+    class_block = _even(c, min(elements // row_block, _cast_limit(work, options, copies)))
     if gradients == "recompute":
         if not work.scalar:
             why.append("the loss is not one sum over rows (or its statistics are wanted), so gradients recompute the tiles: 4 passes")
@@ -237,7 +260,13 @@ def make_plan(work: Work, engine: str = "auto", options: Settings | None = None)
     else:
         why.append("no gradients wanted: one pass")
     tiles = work.buffers * row_block * class_block * work.item
-    return Plan(name, gradients, 0, row_block, class_block, tiles + _widened(work, options), tuple(why))
+    cast = 0
+    if work.half:
+        cast = (row_block + copies * class_block) * work.d * work.item
+        if work.grad:
+            cast += n * work.d * work.item
+            why.append("dx is summed over slabs of classes in one N x D fp32 buffer")
+    return Plan(name, gradients, 0, row_block, class_block, tiles + cast, tuple(why))
 
 
 def _even(total: int, most: int) -> int:
@@ -258,14 +287,16 @@ def explain(
     requires_grad: bool = True,
     reduction: str = "mean",
     softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    return_stats: bool = False,
     engine: str = "auto",
 ) -> Plan:
     """What `linear_cross_entropy` would do for these shapes, and why.
 
     Args:
         rows, classes, features: N, C and D. dtype: of the features and the weights. device: where they lie.
-        requires_grad: will a backward follow? reduction: "none" needs the recompute plan. softcap: as in the call.
-        engine: as in the call.
+        requires_grad: will a backward follow?
+        reduction, softcap, label_smoothing, return_stats, engine: as in the call.
 
     Returns:
         A `Plan`; print it.
@@ -273,15 +304,16 @@ def explain(
     Example:
         >>> print(bigclass.explain(8192, 256000, 2304, dtype=torch.bfloat16))  # doctest: +SKIP
     """
+    scalar = reduction != "none" and not return_stats
     work = Work(
         n=rows,
         c=classes,
         d=features,
         device=torch.device(device).type,
-        scalar=reduction != "none",
+        scalar=scalar,
         grad=requires_grad,
         half=dtype.itemsize == 2,
         wide=dtype == torch.float64,
-        buffers=1 if softcap is None else 3,
+        buffers=tile_buffers(softcap is None and not label_smoothing, scalar, int(softcap is not None)),
     )
     return make_plan(work, engine)

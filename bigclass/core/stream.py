@@ -2,7 +2,7 @@
 
 A stream says how the logit of row i and class j is made, without making it:
 
-    z_ij = scale * (class_scale_j * (sum over pairs p of x_p[i] . w_p[j]  +  given_ij) + bias_j)
+    z_ij = scale * (class_scale_j * (sum over pairs p of x_p[i] . w_p[j])  +  given_ij  +  bias_j)
     s_ij = maps(z_ij)
 
 Several operand pairs are a sum of products (a LoRA head is two pairs, and no copy of w is made).

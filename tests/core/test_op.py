@@ -274,7 +274,7 @@ def test_the_custom_ops_pass_opcheck(keep):
     args = [torch.rand(9, dtype=torch.float64)]
     plan = f"tiled,forward,{1 << 20}"
     torch.library.opcheck(
-        op._stream_loss, (tensors, picks, keep, args, recipe, numbers, "cross_entropy", [0.0, 0.0], plan, [*needs, False]),
+        op._stream_loss, (tensors, picks, keep, args, recipe, numbers, "cross_entropy", [0.0, 0.0, 0.0], plan, [*needs, False]),
         # the backward consumes the forward's gradients in place, which the comparison of traced with eager runs allows
     )  # fmt: skip
 
@@ -307,3 +307,65 @@ def test_bad_streams_are_refused_with_the_name_of_what_is_wrong():
         reduce_logits(Stream(((x, w),)), None, fold, engine="fast")
     with pytest.raises(KeyError, match="no 'nothing' is registered"):
         stream_loss(Stream(((x, w),)), None, fold, "nothing")
+
+
+def test_a_picked_grid_entry_excluded_from_a_dot_gets_no_gradient():
+    torch.manual_seed(0)
+    x, w, t, y = torch.randn(8, 4), torch.randn(90, 4), torch.rand(8, 90, requires_grad=True), torch.randint(90, (8, 2))
+    grads = []
+    for engine in ("dense", "tiled"):
+        ((total,),), _ = reduce_logits(Stream(((x, w),)), y, (Dot(tensors=(t,), exclude_picks=True),), engine=engine)
+        grads.append(torch.autograd.grad(total.square().sum(), t)[0])
+    assert error(grads[1], grads[0]) < 1e-6 and not bool(grads[1].gather(1, y).any())
+
+
+@pytest.mark.parametrize("road", ROADS[1:], ids="-".join)
+def test_masked_rows_under_a_large_bias_stay_finite(road, monkeypatch):
+    """On GPUs ignored rows stay in the tiles with zero features; their own maximum must keep them from overflowing."""
+    monkeypatch.setattr(tiles.Rows, "COMPACT", ())
+    x, w, y = torch.randn(6, 4, requires_grad=True), torch.randn(200, 4, requires_grad=True), torch.randint(200, (6,))
+    y[2], b = -100, torch.full((200,), 100.0)
+    with bigclass.planning(gradients=road[1]):
+        loss = bigclass.linear_cross_entropy(x, w, y, linear_bias=b, engine="tiled", reduction="none" if road[1] == "recompute" else "mean")
+    got = torch.autograd.grad(loss.sum(), (x, w))
+    want = torch.autograd.grad(
+        torch.nn.functional.cross_entropy(x @ w.t() + b, y, reduction="none").sum() / (1 if loss.dim() else 5), (x, w)
+    )
+    assert error(got[0], want[0]) < 1e-5 and error(got[1], want[1]) < 1e-5
+
+
+def test_both_plans_hand_a_row_loss_the_same_numbers():
+    seen = []
+
+    @register_row_loss("tests.numbers")
+    def numbers_seen(folds, picked, args, numbers):
+        seen.append(tuple(numbers))
+        return log_sum_exp(folds[0]) * len(numbers)
+
+    x, w = torch.randn(5, 3, requires_grad=True), torch.randn(40, 3)
+    for gradients in ("forward", "recompute"):
+        with bigclass.planning(gradients=gradients):
+            stream_loss(Stream(((x, w),)), None, (LogSumExp(),), "tests.numbers", (), (2.0, 3.0), engine="tiled")
+    assert set(seen) == {(2.0, 3.0)}
+
+
+def test_fp16_gradients_made_in_the_forward_do_not_underflow_before_the_loss_scale_arrives(monkeypatch):
+    """Pitfalls 5 and 45, on the road of devices that multiply fp16 operands into fp32 (emulated: operands widened in the product)."""
+    monkeypatch.setattr(tiles, "_WIDE_OUTPUT", ("cpu",))
+    plain = tiles.product
+
+    def widened(a, b, out, **options):
+        return plain(a.to(out.dtype), b.to(out.dtype), out, **options)
+
+    monkeypatch.setattr(tiles, "product", widened)
+    monkeypatch.setattr("bigclass.core.engines.sink.product", widened)
+    torch.manual_seed(0)
+    n, c = 2048, 2000
+    x, w, y = torch.randn(n, 32).half().requires_grad_(), (torch.randn(c, 32) * 0.2).half().requires_grad_(), torch.randint(100, (n,))
+    with bigclass.planning(gradients="forward"):
+        loss = bigclass.linear_cross_entropy(x, w, y, engine="tiled")
+    got = torch.autograd.grad(loss * 65536, (x, w))
+    exact = [t.detach().double().requires_grad_() for t in (x, w)]
+    want = torch.autograd.grad(torch.nn.functional.cross_entropy(exact[0] @ exact[1].t(), y) * 65536, exact)
+    assert error(got[0], want[0]) < 2e-3 and error(got[1], want[1]) < 2e-3
+    assert error(got[1][100:], want[1][100:]) < 2e-3  # classes that are no target: only small entries

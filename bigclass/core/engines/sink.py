@@ -31,6 +31,9 @@ class Sink:
 
     def __init__(self, maker: TileMaker, folds: Sequence[Fold], needs: Sequence[bool], *, keep_wide: bool, whole: bool) -> None:
         self.maker, self.folds, self.rows = maker, folds, maker.rows
+        # A power of two about N, undone exactly in the products. At most 4096, so that a sum over rows does not overflow instead.
+        low = torch.float16 in maker.operand_dtypes and keep_wide
+        self._boost = float(1 << min(max(maker.rows.total, 1).bit_length() - 1, 12)) if low else 1.0
         st, acc = maker.stream, maker.dtype
         flag = iter(needs)
         pairs = [(next(flag), next(flag)) for _ in st.pairs]
@@ -57,8 +60,8 @@ class Sink:
             for f, flags in zip(folds, self.need_folds, strict=True)
         ]
         # dw is summed where it will be returned, if that is wide enough; else in a slab's work buffer, or in a whole one
-        self._dw_sum = [self._sum_buffer(t, whole or self.need_cs) for t in self.dw]
-        if self.need_cs:  # its gradient is read off dw, so a frozen w needs the sum too
+        self._dw_sum = [self._sum_buffer(t, whole) for t in self.dw]
+        if self.need_cs and whole:  # its gradient is read off dw, so a frozen w needs the sum too
             self._dw_sum = [fresh(w, w.shape, acc) if t is None else t for t, (_, w) in zip(self._dw_sum, st.pairs, strict=True)]
         self._dx_sum: list[Tensor | None] = [None] * len(st.pairs)
         self.wants_tensors = any(any(flags) for flags in self.need_folds)
@@ -87,7 +90,7 @@ class Sink:
             whole = self._dw_sum[p]
             if whole is not None:
                 sums.append(whole[span.start : span.stop])
-            elif self.need_w[p]:
+            elif self.need_w[p] or self.need_cs:
                 sums.append(self.maker.pool.get(f"dw {p}", span.size, w.shape[1]))
             else:
                 sums.append(None)
@@ -100,7 +103,8 @@ class Sink:
         """Take one tile's dL/ds (which is used up). first_rows, first_classes: are the sums of dw, of dx still empty?"""
         maker, st = self.maker, self.maker.stream
         for i in range(len(st.maps) - 1, -1, -1):
-            m, z, s = st.maps[i], values[i], values[i + 1]
+            m, s = st.maps[i], values[i + 1]
+            z = values[i] if m.needs_input else None
             if any(self.need_maps[i]):
                 for total, part in zip(self.dmaps[i], m.tensor_gradients(g, z, s, m.numbers, m.tensors), strict=True):
                     total.add_(part)
@@ -114,13 +118,17 @@ class Sink:
             self.rows.put(self.dgiven[:, c.start : c.stop], r, part.to(self.dgiven.dtype))
         for x, total in zip(xs, sums, strict=True):
             if total is not None:
-                product(g.to(x.dtype).t(), x, total, beta=float(not first_rows), alpha=maker.alpha)
+                product(self._operand(g, x).t(), x, total, beta=float(not first_rows), alpha=maker.alpha / self._boost)
         if st.class_scale is not None and any(t is not None for t in self._dx_sum):
             g.mul_(st.class_scale[c.start : c.stop].to(maker.dtype))
         for w, total in zip(ws, self._dx_sum, strict=True):
             if total is not None:
                 at = r.start - self._span.start
-                product(g.to(w.dtype), w, total[at : at + r.size], beta=float(not first_classes))
+                product(self._operand(g, w), w, total[at : at + r.size], beta=float(not first_classes), alpha=1.0 / self._boost)
+
+    def _operand(self, g: Tensor, like: Tensor) -> Tensor:
+        """G in the dtype of the other operand. In fp16 the 1/N inside G would underflow, for the loss scaler's factor is not there yet."""
+        return g if g.dtype == like.dtype else (g * self._boost if self._boost != 1.0 else g).to(like.dtype)
 
     def close_rows(self) -> None:
         """The sums of dx over all classes are there: scale, cast, and d(scale)."""

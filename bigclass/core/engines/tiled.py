@@ -97,8 +97,12 @@ def reduce_backward(
     def compact(t: Tensor | None, f: Fold) -> Tensor | None:
         return t if t is None or f.axis == "columns" else rows.take(t, everything)
 
+    def compact_state(t: Tensor, f: Fold) -> Tensor:
+        # never masked: a masked row's tile still holds the bias, which only its own maximum keeps from overflowing
+        return t if rows.index is None or f.axis == "columns" else t[rows.index]
+
     up = Upstream(
-        [tuple([compact(t, f) for t in state]) for f, state in zip(folds, states, strict=True)],  # type: ignore[misc]
+        [tuple([compact_state(t, f) for t in state]) for f, state in zip(folds, states, strict=True)],
         [[compact(t, f) for t in parts] for f, parts in zip(folds, grads, strict=True)],
         None if h is None else rows.take(h, everything),
     )

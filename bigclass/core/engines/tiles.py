@@ -124,7 +124,7 @@ class TileMaker:
         self.picks = None if picks is None else picks.long()
         self._row_numbers = torch.arange(0 if picks is None else rows.count, device=stream.device).unsqueeze(-1)
         wide = stream.device.type in _WIDE_OUTPUT
-        self._operand_dtypes = [self._operand_dtype(x, w) if wide else self.dtype for x, w in stream.pairs]
+        self.operand_dtypes = [self._operand_dtype(x, w) if wide else self.dtype for x, w in stream.pairs]
         # On a CPU a learnable scale is read once and rides along in the products; elsewhere that would be a host sync.
         self.alpha, self.alpha_tensor = stream.scale, None
         if stream.scale_tensor is not None:
@@ -139,11 +139,11 @@ class TileMaker:
 
     def features(self, span: Span) -> list[Tensor]:
         """x_p (r, D_p) for each pair, in the dtype of its products."""
-        return [self.rows.take(x, span).to(dtype) for (x, _), dtype in zip(self.stream.pairs, self._operand_dtypes, strict=True)]
+        return [self.rows.take(x, span).to(dtype) for (x, _), dtype in zip(self.stream.pairs, self.operand_dtypes, strict=True)]
 
     def slab(self, span: Span) -> list[Tensor]:
         """w_p (c, D_p) for each pair, in the dtype of its products."""
-        return [w[span.start : span.stop].to(dtype) for (_, w), dtype in zip(self.stream.pairs, self._operand_dtypes, strict=True)]
+        return [w[span.start : span.stop].to(dtype) for (_, w), dtype in zip(self.stream.pairs, self.operand_dtypes, strict=True)]
 
     def raw(self, xs: list[Tensor], ws: list[Tensor], r: Span, c: Span, out: Tensor) -> Tensor:
         """z (r, c): everything but the maps, in `out`."""
@@ -242,7 +242,7 @@ def logit_gradient(
     g = s if alone else maker.pool.get("g", *s.shape)
     for first, (i, f) in enumerate(active):
         state, grads = up.of(i, f, r, c)
-        tile = maker.tile(f, s, r, c, None if where is None else where[0], None)
+        tile = maker.tile(f, s, r, c, None if where is None else where[0], None if on_tensor is None else "scratch")
         tensors = maker.fold_tensors(f, r, c)
         if on_tensor is not None:
             on_tensor(i, f, tile, tensors, state, grads)
@@ -264,5 +264,9 @@ def add_picks(g: Tensor, where: Where, r: Span, up: Upstream) -> None:
         return
     flat, inside = where
     h = torch.where(inside, up.h[r.start - up.start : r.stop - up.start], 0.0)
-    # along each row, so that equal picks of one row add up in order
-    g.scatter_add_(1, torch.where(inside, flat % g.shape[1], 0), h)
+    at = torch.where(inside, flat % g.shape[1], 0)
+    if g.device.type == "cpu":
+        g.scatter_add_(1, at, h)  # along each row: equal picks of one row add up in order
+        return
+    for k in range(at.shape[1]):  # elsewhere their order within one call is open
+        g.scatter_add_(1, at[:, k : k + 1], h[:, k : k + 1])
