@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from bigclass.core.stream import _check_name
+from bigclass.core.stream import check_name
 from bigclass.core.triton_form import TritonForm, triton_form
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ FOLDS: dict[str, type[Fold]] = {}
 
 def register_fold(cls: type[AnyFold]) -> type[AnyFold]:
     """Make a `Fold` known under its `name`, so that it can cross a custom op."""
-    _check_name(cls.name, FOLDS, cls)
+    check_name(cls.name, FOLDS, cls)
     FOLDS[cls.name] = cls
     return cls
 

@@ -71,12 +71,13 @@ MAPS: dict[str, type[Map]] = {}
 
 def register_map(cls: type[AnyMap]) -> type[AnyMap]:
     """Make a `Map` known under its `name`, so that it can cross a custom op."""
-    _check_name(cls.name, MAPS, cls)
+    check_name(cls.name, MAPS, cls)
     MAPS[cls.name] = cls
     return cls
 
 
-def _check_name(name: str, registry: dict, cls: type) -> None:
+def check_name(name: str, registry: dict, cls: type) -> None:
+    """Raise unless `name` can cross a custom op and is not taken in `registry`."""
     if not name or not all(c.isalnum() or c in "_." for c in name):
         raise ArgumentError(f"{cls.__name__}.name must be letters, digits, '_' or '.', got {name!r}")
     if name in registry and registry[name].__qualname__ != cls.__qualname__:

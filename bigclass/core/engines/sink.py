@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bigclass.core.engines.pages import fresh
-from bigclass.core.engines.tiles import Rows, Span, TileMaker, product, spans
+from bigclass.core.engines.tiles import Span, TileMaker, product, spans
 from bigclass.core.folds import Fold, State, Tile
 
 
@@ -188,7 +188,13 @@ class Sink:
 
         return take
 
-    def finish(self, scale: bool = True) -> list[Tensor]:
+    def no_rows(self) -> None:
+        """No row counts, so the sums of dw never began: they are zero."""
+        for t in self.dw:
+            if t is not None:
+                t.zero_()
+
+    def finish(self) -> list[Tensor]:
         """The gradients that were needed, in order."""
         maker, st = self.maker, self.maker.stream
         out: list[Tensor] = []
@@ -210,10 +216,3 @@ class Sink:
             out += [t for t, need in zip(grads, flags, strict=True) if need]
         out += [t for grads in self.dfolds for t in grads if t is not None]
         return out
-
-
-def zero_dw(sink: Sink, rows: Rows) -> None:
-    """dw where no row counts: the sums never began."""
-    for t in sink.dw:
-        if t is not None:
-            t.zero_()

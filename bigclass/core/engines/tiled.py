@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from bigclass.core.engines.sink import Sink, zero_dw
+from bigclass.core.engines.sink import Sink
 from bigclass.core.engines.tiles import Rows, Span, TileMaker, Upstream, add_picks, logit_gradient, spans
 from bigclass.core.folds import Fold, State
 from bigclass.core.plan import Plan
@@ -90,7 +90,7 @@ def reduce_backward(
     maker = TileMaker(stream, picks, rows)
     sink = Sink(maker, folds, needs, keep_wide=False, whole=False)
     if rows.count == 0:
-        zero_dw(sink, rows)
+        sink.no_rows()
         return sink.finish()
     everything = Span(0, rows.count)
 
@@ -181,7 +181,7 @@ def stream_loss(
             sink.add(g, values, xs, maker.slab(c), sink.open_slab(c), r, c, first_rows=r.start == 0, first_classes=c.start == 0)
         sink.close_rows()
     if rows.count == 0:
-        zero_dw(sink, rows)
+        sink.no_rows()
     else:
         for c in slabs:
             sink.close_slab(c, sink.open_slab(c))
