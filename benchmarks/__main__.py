@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import shlex
 import sys
 import time
@@ -12,6 +11,8 @@ from fractions import Fraction
 from pathlib import Path
 
 import torch
+
+from bigclass.extras import require
 
 from .data import LOSS_KINDS, SEED, kinds_for
 from .shapes import SHAPES, Shape, parse_shape
@@ -78,9 +79,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; 1 if one of bigclass' own candidates failed or was wrong, 2 if a package is missing."""
     options = parse_arguments(arguments)
-    missing = [name for name in ("rich", "matplotlib") if importlib.util.find_spec(name) is None]
-    if missing:
-        print(f"the benchmark needs {' and '.join(missing)}: pip install 'bigclass[bench]'", file=sys.stderr)
+    try:
+        require("rich", "matplotlib", extra="bench")
+    except ModuleNotFoundError as error:
+        print(f"the benchmark {error}", file=sys.stderr)
         return 2
     return run(options, shlex.join(["python", "-m", "benchmarks", *(sys.argv[1:] if arguments is None else arguments)]))
 

@@ -82,11 +82,6 @@ def _field(path: str, name: str) -> int | None:
     return None
 
 
-def process_memory(name: str) -> int | None:
-    """A field of /proc/self/status (VmRSS, VmHWM) in bytes, None off Linux."""
-    return _field("/proc/self/status", name)
-
-
 def _cpu_name() -> str:
     capabilities = _cpu_capabilities()
     return str(capabilities.get("cpu_name") or platform.processor() or platform.machine())

@@ -11,7 +11,7 @@ import torch
 
 from .candidates import LOSS_PASSES, Call, Candidate, Pass, Unavailable, candidates_for
 from .data import Problem, make_problem
-from .memory import ChildFailed, measure_memory
+from .memory import measure_memory
 from .reference import TOLERANCE, Reference, errors, reference
 from .shapes import Shape
 from .timing import choose_repeats, estimate_seconds, interleave
@@ -120,8 +120,8 @@ def add_memory(case: Case, device: torch.device, tell: Tell) -> None:
         tell(f"memory of {candidate.name}")
         try:
             extra = measure_memory(candidate.name, settings, case.shape, case.kind, case.dtype, device)
-        except ChildFailed as error:
-            case.absences += [Absence(candidate, which, f"memory: {error}", failed=True) for which in settings]
+        except Exception as error:  # whatever the measured process dies of, the others go on
+            case.absences += [Absence(candidate, which, f"memory: {_one_line(error)}", failed=True) for which in settings]
             continue
         for which, size in extra.items():
             case.figures[candidate.name, which].extra_bytes = size

@@ -26,15 +26,20 @@ def version_of(module: str) -> str | None:
 
 def install_hint(*modules: str) -> str:
     """The shell command that installs these optional packages."""
-    return f"pip install 'bigclass[{','.join(sorted({EXTRA_OF[module] for module in modules}))}]'"
+    return _install(*(EXTRA_OF[module] for module in modules))
 
 
-def require(*modules: str) -> None:
-    """Check that optional packages are importable.
+def _install(*extras: str) -> str:
+    return f"pip install 'bigclass[{','.join(sorted(set(extras)))}]'"
+
+
+def require(*modules: str, extra: str | None = None) -> None:
+    """Check that optional packages are importable. extra: the extra to name where it is not the packages' usual one.
 
     Raises:
         ModuleNotFoundError: naming the packages that are missing and the command that installs them.
     """
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
-        raise ModuleNotFoundError(f"needs {', '.join(missing)}, not installed here: run {install_hint(*missing)}", name=missing[0])
+        hint = _install(extra) if extra else install_hint(*missing)
+        raise ModuleNotFoundError(f"needs {', '.join(missing)}, not installed here: run {hint}", name=missing[0])

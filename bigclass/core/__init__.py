@@ -7,7 +7,6 @@ from bigclass.core.folds import (
     ShiftedMoment,
     SumFold,
     Tile,
-    TopK,
     Total,
     entropy,
     log_sum,
@@ -18,6 +17,7 @@ from bigclass.core.op import reduce_logits, stream_loss
 from bigclass.core.plan import Plan, explain, planning
 from bigclass.core.row_losses import register_row_loss
 from bigclass.core.stream import Map, Scale, Softcap, Stream, register_map
+from bigclass.core.topk import TopK
 
 __all__ = [
     "Dot",

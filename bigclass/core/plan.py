@@ -71,6 +71,7 @@ def planning(*, workspace: int | None = None, gradients: str | None = None) -> I
 
     Args:
         workspace: bytes of temporary memory the engines may take (default: 88 MiB on a CPU, 1 GiB elsewhere). Smaller works too, slower.
+            On Linux CPUs the largest buffer stays with the process for the next call, marked for the kernel to take when memory is short.
         gradients: "forward" (3 passes of GEMM flops; gradients are made with the loss), "recompute" (4 passes, least memory;
             also right under activation checkpointing, which would pay for the forward's gradients twice) or "auto".
 

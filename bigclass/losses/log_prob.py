@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigclass.core.errors import ArgumentError, ArgumentTypeError
-from bigclass.core.folds import LogSumExp, ShiftedMoment, TopK, entropy, log_sum, log_sum_exp
+from bigclass.core.folds import LogSumExp, ShiftedMoment, entropy, log_sum, log_sum_exp
 from bigclass.core.op import reduce_logits
+from bigclass.core.topk import TopK
 from bigclass.losses.inputs import check_index, check_linear, check_range, kept_rows, make_stream
 
 

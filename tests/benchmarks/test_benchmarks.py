@@ -136,25 +136,12 @@ def test_the_plot_shows_what_was_weighed(tmp_path: Path) -> None:
     assert path.stat().st_size > 0
 
 
-@pytest.mark.parametrize("linux", [True, False], ids=["reset mark", "raised mark"])
-def test_extra_bytes_counts_temporaries_but_not_outputs(linux: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not linux:
-        monkeypatch.setattr(memory, "process_memory", lambda _: None)
-    torch.ones(1).sum()
-
-    def call() -> tuple[torch.Tensor, ...]:
-        output = torch.ones(16 << 20)  # 64 MiB
-        temporary = output + 1  # as much again
-        return output, temporary.sum()
-
-    assert memory.extra_bytes(call, CPU) / MIB == pytest.approx(64, abs=8)
-
-
 def test_memory_is_measured_in_a_process_of_its_own() -> None:
     shape = Shape("weighed", 512, 16384, 16)  # 32 MiB of logits
     (extra,) = memory.measure_memory(DENSE, {"forward": None}, shape, "flat", torch.float32, CPU).values()
+    assert extra is not None
     assert extra / MIB == pytest.approx(64, abs=8)  # the logits and their log-softmax
-    with pytest.raises(memory.ChildFailed, match="ValueError"):
+    with pytest.raises(ValueError, match="expected 1"):
         memory.measure_memory("nobody", {"forward": None}, shape, "flat", torch.float32, CPU)
 
 

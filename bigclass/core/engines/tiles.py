@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bigclass.core.engines.pages import fresh
+from bigclass.core.engines.pages import borrow, give_back
 from bigclass.core.folds import Fold, State, Tile
 from bigclass.core.stream import Stream
 
@@ -33,17 +33,39 @@ class Pool:
         size = rows * cols + 1
         flat = self._flat.get(name)
         if flat is None or flat.numel() < size:
-            flat = self._flat[name] = fresh(self._like, size, self._dtype)
+            flat = self._flat[name] = borrow(self._like, size, self._dtype)
         return flat[: size - 1].view(rows, cols)
+
+    def __del__(self) -> None:
+        for flat in self._flat.values():
+            give_back(flat)
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, *, beta: float = 0.0, alpha: float = 1.0) -> Tensor:
     """out = alpha a b + beta out, summed and stored in out's dtype."""
-    if a.dtype == out.dtype:
-        if beta == 0.0 and alpha == 1.0:
-            return torch.mm(a, b, out=out)
-        return torch.addmm(out, a, b, beta=beta, alpha=alpha, out=out)
-    return torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
+    rows, cols = out.shape
+    pieces = _pieces(rows, cols, a.shape[1]) if out.device.type == "cpu" else 1
+    if pieces == 1:
+        return _product(a, b, out, beta, alpha)
+    for cut in spans(cols, -(-cols // pieces)):
+        _product(a, b[:, cut.start : cut.stop], out[:, cut.start : cut.stop], beta, alpha)
+    return out
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor, beta: float, alpha: float) -> Tensor:
+    if a.dtype != out.dtype:
+        return torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
+    if beta == 0.0 and alpha == 1.0:
+        return torch.mm(a, b, out=out)
+    return torch.addmm(out, a, b, beta=beta, alpha=alpha, out=out)
+
+
+def _pieces(rows: int, cols: int, inner: int) -> int:
+    """How many pieces of columns to make a CPU product in.
+
+    MKL likes outputs no wider than high: fp32 on two cores of an EPYC 9004, rows x cols x inner: 688 x 4032 x 512 gains 5 % in pieces,
+    256 x 11264 x 512 15 %, 688 x 4032 x 2048 27 %. Below these bounds pieces cost more than they gain."""
+    return 1 if rows < 256 or inner < 128 else -(-cols // max(rows, 512))
 
 
 @dataclass(frozen=True, slots=True)
