@@ -144,7 +144,12 @@ class Fold:
         """dL/ds in place of what `lift_in_place` left; local is the state it returned."""
         raise NotImplementedError
 
+    # The same three for the fused engine, on fp32 tiles s (n, c) in which what does not count is -inf; a state's parts and their
+    # gradients are vectors (n,), tensors broadcast to (n, c), numbers are scalars:
+    #     lift_triton(s, *tensors, *numbers) -> parts          merge_triton(*parts, *other_parts) -> parts
+    #     gradient_triton(s, *parts, *gradients_of_the_differentiable_parts, *tensors, *numbers) -> dL/ds
     lift_triton: ClassVar[TritonForm | None] = None
+    merge_triton: ClassVar[TritonForm | None] = None
     gradient_triton: ClassVar[TritonForm | None] = None
 
 
@@ -225,7 +230,13 @@ class LogSumExp(Fold):
         return m, tl.sum(tl.exp2((s - ref[:, None]) * 1.4426950408889634), axis=1)
 
     @triton_form
-    def gradient_triton(s, m, g):
+    def merge_triton(m, l, m2, l2):  # noqa: E741
+        top = tl.maximum(m, m2)
+        ref = tl.where(top == float("-inf"), 0.0, top)
+        return top, l * tl.exp2((m - ref) * 1.4426950408889634) + l2 * tl.exp2((m2 - ref) * 1.4426950408889634)
+
+    @triton_form
+    def gradient_triton(s, m, l, g):  # noqa: E741
         ref = tl.where(m == float("-inf"), 0.0, m)
         return tl.exp2((s - ref[:, None]) * 1.4426950408889634) * g[:, None]
 
@@ -291,9 +302,31 @@ class ShiftedMoment(Fold):
         return (u if grads[1] is None else u.add_(grads[1])).mul_(e)
 
     @triton_form
-    def gradient_triton(s, m, g_l, g_t):
-        ref = tl.where(m == float("-inf"), 0.0, m)
-        u = tl.maximum(s - ref[:, None], -1e4)
+    def lift_triton(s):
+        m, top = tl.max(s, axis=1, return_indices=True)
+        u = s - tl.where(m == float("-inf"), 0.0, m)[:, None]
+        u = tl.where(u < -1e4, -1e4, u)  # keeps NaN, which tl.maximum would not
+        rest = tl.where(tl.arange(0, s.shape[1])[None, :] == top[:, None], 0.0, tl.exp2(u * 1.4426950408889634))
+        return m, tl.sum(rest, axis=1), tl.sum((u - 1.0) * rest, axis=1)
+
+    @triton_form
+    def merge_triton(m, l, t, m2, l2, t2):  # noqa: E741
+        leads = m >= m2
+        top = tl.where(leads, m, m2)
+        low = tl.where(leads, m2, m)
+        small_l, small_t = tl.where(leads, l2, l), tl.where(leads, t2, t)
+        down = low - tl.where(top == float("-inf"), 0.0, top)
+        down = tl.where(down < -1e4, -1e4, down)
+        shrink = tl.exp2(down * 1.4426950408889634)
+        seen = tl.where(low > float("-inf"), 1.0, 0.0)
+        mass = small_l + seen
+        big_t = tl.where(leads, t, t2) + shrink * ((small_t - seen) + down * mass)
+        return top, tl.where(leads, l, l2) + shrink * mass, big_t
+
+    @triton_form
+    def gradient_triton(s, m, l, t, g_l, g_t):  # noqa: E741
+        u = s - tl.where(m == float("-inf"), 0.0, m)[:, None]
+        u = tl.where(u < -1e4, -1e4, u)
         return tl.exp2(u * 1.4426950408889634) * (g_l[:, None] + g_t[:, None] * u)
 
 
@@ -372,6 +405,7 @@ class SumFold(Fold):
         torch.mul(slope, g, out=out) if slope.shape == out.shape else out.copy_(slope * g)
         return tile.clear_picks(out) if self.exclude_picks else out
 
+    # (s, *tensors, *numbers), for the fused engine; what does not count is left out of the sum there
     term_triton: ClassVar[TritonForm | None] = None
     slope_triton: ClassVar[TritonForm | None] = None
 
@@ -398,11 +432,11 @@ class Total(SumFold):
         return tensors[0] if tensors else s.new_ones(())
 
     @triton_form
-    def term_triton(s, c):
+    def term_triton(s, c=1.0):
         return s * c
 
     @triton_form
-    def slope_triton(s, c):
+    def slope_triton(s, c=1.0):
         return c
 
 
@@ -429,9 +463,9 @@ class Dot(SumFold):
         return tile.clear_picks(_own(g, tile)) if self.exclude_picks else g
 
     @triton_form
-    def term_triton(s, t, c):
+    def term_triton(s, t, c=1.0):
         return s * t * c
 
     @triton_form
-    def slope_triton(s, t, c):
+    def slope_triton(s, t, c=1.0):
         return t * c

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from bigclass.core.engines import dense, streaming_engine
+from bigclass.core.engines.support import fused_reason
 from bigclass.core.errors import ArgumentError, ArgumentTypeError
 from bigclass.core.folds import Fold, State
 from bigclass.core.guards import autocast_off, autograd_inside_op, refuse_create_graph, refuse_transforms
@@ -43,7 +44,7 @@ def reduce_logits(
         picks: (N, K) class indices, -1 for none; or None.
         folds: what to fold them to.
         keep: (N,) bool; rows where it is False contribute exactly nothing, to gradients either; what is returned for them means nothing.
-        engine: "auto", "dense" or "tiled".
+        engine: "auto", "dense", "tiled" or "fused".
 
     Returns:
         For each fold its raw state, a tuple of tensors (N,) (or (N, k); (C,) for column folds), and the picked logits (N, K), 0 where none.
@@ -357,6 +358,7 @@ def _work(stream: Stream, folds: Sequence[Fold], *, scalar: bool, grad: bool = T
         half=any(t.dtype.itemsize == 2 for pair in stream.pairs for t in pair),
         wide=stream.accumulate_dtype == torch.float64,
         buffers=tile_buffers(lone, scalar, len(stream.maps)),
+        not_fused=fused_reason(stream, folds),
     )
 
 

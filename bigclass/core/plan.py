@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from bigclass.core.engines.support import device_reason
 from bigclass.core.errors import ArgumentError
 
 MIB = 1 << 20
@@ -40,6 +41,9 @@ MIN_CHUNK_ROWS = {"cpu": 128, "other": 1024}
 # at N=2048, C=32000, D=512 on two cores of an EPYC 9004). GPU: full GEMM rate.
 TILE_ELEMENTS = {"cpu": 11 << 18, "other": 1 << 24}
 CPU_ROW_BLOCK = 2048
+
+# Elements of a slab of G in the fused engine: 4096 classes at 8192 rows, 64 MiB of bf16 (by the traffic of dx; not measured yet).
+SLAB_ELEMENTS = 1 << 25
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +137,7 @@ class Work:
 
     n, c, d: rows, classes, features. scalar: is the loss a sum over rows (so that gradients can be made in the forward)?
     grad: are gradients needed? half: are operands of a 16-bit type? wide: are sums in fp64? buffers: tile-sized work buffers.
-    device: the device's type.
+    device: the device's type. not_fused: why the fused engine cannot take it; None: it can.
     """
 
     n: int
@@ -145,6 +149,7 @@ class Work:
     half: bool = False
     wide: bool = False
     buffers: int = 1
+    not_fused: str | None = None
 
     def of(self, table: dict[str, int]) -> int:
         """This device's entry of a table."""
@@ -159,11 +164,13 @@ def choose_engine(work: Work, engine: str = "auto") -> str:
     """The engine for `engine`="auto" (or the one asked for), as a name."""
     if engine not in ENGINES:
         raise ArgumentError(f"engine: expected one of {ENGINES}, got {engine!r}")
-    if engine == "fused":
-        raise NotImplementedError("engine 'fused' (Triton) is not part of this version; use 'auto' or 'tiled'")
+    if engine == "fused" and work.not_fused is not None:
+        raise ArgumentError(f"engine: 'fused' cannot run this, for {work.not_fused}; engine='auto' would use {choose_engine(work)!r}")
     if engine != "auto":
         return engine
-    return "dense" if work.n * work.c * work.item <= DENSE_BYTES else "tiled"
+    if work.n * work.c * work.item <= DENSE_BYTES:
+        return "dense"
+    return "fused" if work.device == "cuda" and work.not_fused is None else "tiled"
 
 
 def choose_gradients(work: Work, options: Settings) -> str:
@@ -224,6 +231,10 @@ def make_plan(work: Work, engine: str = "auto", options: Settings | None = None)
             )
         return Plan("dense", "none" if gradients == "none" else "forward", 0, n, c, size * (3 if work.grad else 2), tuple(why))
     why.append("asked for" if engine == "tiled" else f"{n} x {c} logits would be {size / MIB:.0f} MiB: made a tile at a time instead")
+    if work.device == "cuda" and name == "tiled" and engine == "auto":
+        why.append(f"not the fused engine, for {work.not_fused}")
+    if name == "fused":
+        return _fused_plan(work, gradients, options, why)
     elements = _tile_elements(work, options)
     chunk = 0
     if gradients == "forward":
@@ -268,6 +279,38 @@ def make_plan(work: Work, engine: str = "auto", options: Settings | None = None)
             cast += n * work.d * work.item
             why.append("dx is summed over slabs of classes in one N x D fp32 buffer")
     return Plan(name, gradients, 0, row_block, class_block, tiles + cast, tuple(why))
+
+
+def _fused_plan(work: Work, gradients: str, options: Settings, why: list[str]) -> Plan:
+    """Chunks of rows ("forward") or slabs of classes ("recompute") of the fused engine. Its register tiles: engines/fused/launch.py."""
+    n, c, item = max(work.n, 1), work.c, 2 if work.half else 4
+    budget = _workspace(work, options)
+    chunk = 0
+    if gradients == "forward":
+        # a slab of G beside the kept logits: as wide as an eighth of the budget
+        fit = max((budget - budget // 8) // (c * 4), 1)
+        chunk = -(-n // -(-n // min(fit, n)))
+        aligned = -(-chunk // 128) * 128
+        chunk = aligned if aligned <= min(fit, n) else chunk
+        class_block = _even(c, max(budget // 8 // (chunk * item), 256))
+        size = chunk * c * 4 + chunk * class_block * item
+        why.append(f"{chunk} whole rows of logits fit the workspace: gradients come with the loss, 3 passes instead of 4")
+        if work.half:
+            why.append("dw stays fp32 until the upstream gradient arrives (one C x D fp32 buffer)")
+        return Plan("fused", gradients, chunk, chunk, class_block, size, tuple(why))
+    class_block = _even(c, max(min(SLAB_ELEMENTS, budget // 2 // item) // n, 256))
+    if gradients == "none":
+        why.append("no gradients wanted: one pass, logits in registers only")
+        class_block = _even(c, max(budget // 2 // (item * work.d), 256))  # of a weight that must be cast
+        return Plan("fused", gradients, 0, n, class_block, n * 64, tuple(why))
+    if not work.scalar:
+        why.append("the loss is not one sum over rows (or its statistics are wanted), so gradients recompute the logits: 4 passes")
+    elif options.gradients == "recompute":
+        why.append("recompute was asked for")
+    else:
+        why.append(f"under {work.of(MIN_CHUNK_ROWS)} whole rows of {c} logits fit the workspace: the backward makes logits again, 4 passes")
+    why.append(f"G of {class_block} classes at a time, in the operands' type")
+    return Plan("fused", gradients, 0, n, class_block, n * class_block * item + (n * work.d * 4 if work.half else 0), tuple(why))
 
 
 def _even(total: int, most: int) -> int:
@@ -316,5 +359,6 @@ def explain(
         half=dtype.itemsize == 2,
         wide=dtype == torch.float64,
         buffers=tile_buffers(softcap is None and not label_smoothing, scalar, int(softcap is not None)),
+        not_fused="it has no float64 products" if dtype == torch.float64 else device_reason(torch.device(device)),
     )
     return make_plan(work, engine)

@@ -28,8 +28,8 @@ from torch import Tensor
 from bigclass.core.errors import ArgumentError, ArgumentTypeError
 from bigclass.core.triton_form import TritonForm, triton_form
 
-if TYPE_CHECKING:  # names inside Triton forms; bound when the form is compiled
-    from triton.language.extra import libdevice
+if TYPE_CHECKING:  # the name inside Triton forms; bound when the form is compiled
+    import triton.language as tl
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +60,7 @@ class Map:
         """dL/dtensor for each tensor, summed over this tile. Called before `backward` and must leave g alone."""
         return ()
 
+    # forward_triton(z, *tensors, *numbers) -> s and backward_triton(g, z, s, *tensors, *numbers) -> dL/dz, on fp32 tiles
     forward_triton: ClassVar[TritonForm | None] = None
     backward_triton: ClassVar[TritonForm | None] = None
 
@@ -114,7 +115,7 @@ class Scale(Map):
         return z * a
 
     @triton_form
-    def backward_triton(g, s, a):
+    def backward_triton(g, z, s, a):
         return g * a
 
 
@@ -146,11 +147,19 @@ class Softcap(Map):
 
     @triton_form
     def forward_triton(z, c):
-        return c * libdevice.tanh(z / c)
+        u = z * (1.0 / c)
+        v = tl.abs(u)
+        e = tl.exp2(-2.885390081777927 * v)  # e^(-2v)
+        # below 1/4, where 1 - e cancels, the series to u^9
+        u2 = u * u
+        series = u + u * u2 * (-0.3333333333333333 + u2 * (0.13333333333333333 + u2 * (-0.05396825396825397 + u2 * 0.021869488536155203)))
+        tanh = (1.0 - e) / (1.0 + e)
+        return c * tl.where(v < 0.25, series, tl.where(u < 0.0, -tanh, tanh))
 
     @triton_form
-    def backward_triton(g, s, c):
-        return g * (1.0 - (s / c) * (s / c))
+    def backward_triton(g, z, s, c):
+        r = s * (1.0 / c)
+        return g * (1.0 - r * r)
 
 
 @dataclass(frozen=True, eq=False)

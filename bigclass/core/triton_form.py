@@ -14,7 +14,7 @@ from typing import Any
 class TritonForm:
     """A Triton device function that is compiled when `.jit` is first read.
 
-    Inside the function `tl` means `triton.language` and `libdevice` means `triton.language.extra.libdevice`.
+    Inside the function `tl` means `triton.language`.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -27,9 +27,8 @@ class TritonForm:
         if self._jit is None:
             import triton
             import triton.language as tl
-            from triton.language.extra import libdevice
 
-            self.function.__globals__.update(tl=tl, libdevice=libdevice)
+            self.function.__globals__["tl"] = tl
             self._jit = triton.jit(self.function)
         return self._jit
 

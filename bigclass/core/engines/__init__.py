@@ -14,7 +14,7 @@ from __future__ import annotations
 from importlib import import_module
 from types import ModuleType
 
-STREAMING = {"tiled": "bigclass.core.engines.tiled"}
+STREAMING = {"tiled": "bigclass.core.engines.tiled", "fused": "bigclass.core.engines.fused"}
 
 
 def streaming_engine(name: str) -> ModuleType:

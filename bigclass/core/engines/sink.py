@@ -33,7 +33,7 @@ class Sink:
         self.maker, self.folds, self.rows = maker, folds, maker.rows
         # A power of two about N, undone exactly in the products. At most 4096, so that a sum over rows does not overflow instead.
         low = torch.float16 in maker.operand_dtypes and keep_wide
-        self._boost = float(1 << min(max(maker.rows.total, 1).bit_length() - 1, 12)) if low else 1.0
+        self.boost = float(1 << min(max(maker.rows.total, 1).bit_length() - 1, 12)) if low else 1.0
         st, acc = maker.stream, maker.dtype
         flag = iter(needs)
         pairs = [(next(flag), next(flag)) for _ in st.pairs]
@@ -97,12 +97,15 @@ class Sink:
         return sums
 
     def add(
-        self, g: Tensor, values: list[Tensor], xs: list[Tensor], ws: list[Tensor], sums: list[Tensor | None], r: Span, c: Span,
+        self, g: Tensor, values: list[Tensor] | None, xs: list[Tensor], ws: list[Tensor], sums: list[Tensor | None], r: Span, c: Span,
         *, first_rows: bool, first_classes: bool,
     ) -> None:  # fmt: skip
-        """Take one tile's dL/ds (which is used up). first_rows, first_classes: are the sums of dw, of dx still empty?"""
+        """Take one tile's dL/ds (which is used up). first_rows, first_classes: are the sums of dw, of dx still empty?
+
+        values: the logits along the maps; None: g is dL/dz already, in the operands' type (and then boosted)."""
         maker, st = self.maker, self.maker.stream
-        for i in range(len(st.maps) - 1, -1, -1):
+        for i in range(len(st.maps) - 1, -1, -1) if values is not None else ():
+            assert values is not None
             m, s = st.maps[i], values[i + 1]
             z = values[i] if m.needs_input else None
             if any(self.need_maps[i]):
@@ -110,7 +113,8 @@ class Sink:
                     total.add_(part)
             g = m.backward(g, z, s, m.numbers, m.tensors)
         if self.db is not None:
-            self.db[c.start : c.stop].add_(g.sum(0))
+            part = g.sum(0, dtype=self.db.dtype)
+            self.db[c.start : c.stop].add_(part if values is not None else part.div_(self.boost))
         if st.given is not None and self.dscale is not None:
             self.dscale.add_((g * self.rows.take(st.given[:, c.start : c.stop], r)).sum())
         if self.dgiven is not None:
@@ -118,17 +122,17 @@ class Sink:
             self.rows.put(self.dgiven[:, c.start : c.stop], r, part.to(self.dgiven.dtype))
         for x, total in zip(xs, sums, strict=True):
             if total is not None:
-                product(self._operand(g, x).t(), x, total, beta=float(not first_rows), alpha=maker.alpha / self._boost)
+                product(self._operand(g, x).t(), x, total, beta=float(not first_rows), alpha=maker.alpha / self.boost)
         if st.class_scale is not None and any(t is not None for t in self._dx_sum):
             g.mul_(st.class_scale[c.start : c.stop].to(maker.dtype))
         for w, total in zip(ws, self._dx_sum, strict=True):
             if total is not None:
                 at = r.start - self._span.start
-                product(self._operand(g, w), w, total[at : at + r.size], beta=float(not first_classes), alpha=1.0 / self._boost)
+                product(self._operand(g, w), w, total[at : at + r.size], beta=float(not first_classes), alpha=1.0 / self.boost)
 
     def _operand(self, g: Tensor, like: Tensor) -> Tensor:
         """G in the dtype of the other operand. In fp16 the 1/N inside G would underflow, for the loss scaler's factor is not there yet."""
-        return g if g.dtype == like.dtype else (g * self._boost if self._boost != 1.0 else g).to(like.dtype)
+        return g if g.dtype == like.dtype else (g * self.boost if self.boost != 1.0 else g).to(like.dtype)
 
     def close_rows(self) -> None:
         """The sums of dx over all classes are there: scale, cast, and d(scale)."""

@@ -94,11 +94,11 @@ class Rows:
 
     COMPACT = ("cpu",)  # devices where ignored rows are left out
 
-    def __init__(self, n: int, keep: Tensor | None) -> None:
+    def __init__(self, n: int, keep: Tensor | None, compact: bool = True) -> None:
         self.total = n
         self.index: Tensor | None = None
         self._mask: Tensor | None = None
-        if keep is not None and keep.device.type in self.COMPACT:
+        if keep is not None and compact and keep.device.type in self.COMPACT:
             self.index = keep.nonzero().squeeze(-1)
             if self.index.numel() == n:
                 self.index = None

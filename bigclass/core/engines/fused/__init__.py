@@ -1,0 +1,407 @@
+"""The fused engine: Triton kernels that fold logits in registers (kernels.py), on the recipe's own functions (compose.py).
+
+    reduce           one kernel over bands of rows and splits of classes, one small kernel that merges the splits        1 pass
+    reduce_backward  for each slab of classes: one kernel writes G (N x slab) in the operands' type; dw of the slab = G^T x and
+                     dx += G w are library products                                                                      3 passes
+    stream_loss      for each chunk of rows: logits by library products, kept in fp32; the fold kernel reads them; row_loss on the
+                     chunk's statistics; the gradient kernel turns a slab of them into G; dw += G^T x, dx += G w         3 passes
+
+Memory: reduce: 4 bytes x states x N x splits. reduce_backward: a slab of G, and dx in fp32 (N x D) for half types. stream_loss: a chunk of
+logits, a slab of G and, for half types, dw in fp32. Each G is written by one program and each sum is made in one order: same bits every run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigclass.core.engines.fused import compose, kernels, launch
+from bigclass.core.engines.sink import Sink
+from bigclass.core.engines.support import interpreting
+from bigclass.core.engines.tiles import Rows, Span, TileMaker, product, spans
+from bigclass.core.folds import Fold, State
+from bigclass.core.plan import Plan
+from bigclass.core.stream import Stream
+
+
+@dataclass(frozen=True)
+class Picks:
+    """Class indices of each row. sorted: (N, K) int32, ascending, -1 (none) first. order: where each came from, None for K = 1."""
+
+    sorted: Tensor
+    order: Tensor | None
+
+    @classmethod
+    def of(cls, picks: Tensor | None) -> Picks | None:
+        if picks is None:
+            return None
+        if picks.shape[1] < 2:
+            return cls(picks.to(torch.int32).contiguous(), None)
+        ordered, order = picks.sort(1)
+        return cls(ordered.to(torch.int32), order)
+
+    def back(self, t: Tensor) -> Tensor:
+        """t (N, K) in the caller's order."""
+        return t if self.order is None else torch.empty_like(t).scatter_(1, self.order, t)
+
+    def rows(self, r: Span) -> Picks:
+        """Those of rows r."""
+        return Picks(self.sorted[r.start : r.stop], None if self.order is None else self.order[r.start : r.stop])
+
+    def there(self, t: Tensor) -> Tensor:
+        """t (N, K), given in the caller's order, in ours."""
+        return t.contiguous() if self.order is None else t.gather(1, self.order)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The part of a problem that one launch sees: every tensor is cut to its rows and classes; only picks count from `class_base`.
+
+    pairs: operands in the type of their products. stored: (N, C) their products in fp32, if made already; pairs are then not read.
+    """
+
+    stream: Stream
+    folds: tuple[Fold, ...]
+    pairs: tuple[tuple[Tensor, Tensor], ...]
+    n: int
+    c: int
+    picks: Tensor | None
+    class_base: int = 0
+    stored: Tensor | None = None
+
+    @property
+    def k(self) -> int:
+        return 0 if self.picks is None else self.picks.shape[1]
+
+    def cut(self, r: Span, c: Span, pairs: tuple[tuple[Tensor, Tensor], ...] = (), stored: Tensor | None = None) -> Problem:
+        """Rows r and classes c of it, with these operands."""
+        if (r.start, r.stop, c.start, c.stop) == (0, self.n, 0, self.c):
+            return replace(self, pairs=pairs, stored=stored)
+
+        def part(t: Tensor, axis: str) -> Tensor:
+            if axis == "grid":
+                return t[r.start : r.stop, c.start : c.stop].contiguous()
+            return t[r.start : r.stop] if axis == "rows" else t[c.start : c.stop]
+
+        def optional(t: Tensor | None, axis: str = "classes") -> Tensor | None:
+            return None if t is None else part(t, axis)
+
+        def of_fold(f: Fold, axis: str) -> str:
+            return axis if axis == "grid" else "rows" if (axis == "kept") == (f.axis == "rows") else "classes"
+
+        st = self.stream
+        stream = replace(st, bias=optional(st.bias), class_scale=optional(st.class_scale), given=optional(st.given, "grid"))
+        folds = tuple(
+            [replace(f, tensors=tuple([part(t, of_fold(f, a)) for t, a in zip(f.tensors, f.tensor_axes, strict=False)])) for f in self.folds]
+        )
+        return Problem(stream, folds, pairs, r.size, c.size, optional(self.picks, "rows"), self.class_base + c.start, stored)
+
+    def _shared(self, config: launch.Config) -> tuple[list[Any], list[Any], dict[str, Any], Tensor]:
+        """What both kernels are told of the stream: leading pointers, sizes and strides, constants; and any tensor, to fill gaps."""
+        st = self.stream
+        pairs = [(x, w) for x, w in self.pairs] if self.stored is None else []
+        tma = config.tma and bool(pairs) and launch.describable([t for pair in pairs for t in pair])
+        chosen = replace(config, tma=tma)
+        pointers, sizes, strides = [], [], []
+        for x, w in pairs:
+            pointers += [launch.operand(x, config.BM, config.BK, chosen), launch.operand(w, config.BN, config.BK, chosen)]
+            sizes.append(x.shape[1])
+            strides += [x.stride(0), w.stride(0)]
+        missing = 2 - len(pairs)
+        pointers += [None] * (2 * missing)
+        pointers += [self.stored, st.class_scale, _flat(st.given), st.bias, st.scale_tensor]
+        sizes += [0] * missing
+        strides += [0] * (2 * missing) + [0 if self.stored is None else self.stored.stride(0)]
+        dtype = pairs[0][0].dtype if pairs else torch.float32
+        constants = {
+            "BM": config.BM,
+            "BN": config.BN,
+            "BK": config.BK,
+            "GROUP": config.group,
+            "TMA": tma,
+            "EVEN_D": all(d % config.BK == 0 for d in sizes),
+            "SCALED": st.scale != 1.0,
+            "PRECISION": launch.precision(dtype),
+            "UPCAST": interpreting() and dtype.itemsize == 2,
+        }
+        filler = next(t for t in (self.stored, *[t for pair in pairs for t in pair], st.given) if t is not None)
+        return pointers, sizes + strides, constants, filler
+
+    def _parameters(self) -> tuple[list[Tensor], list[float]]:
+        """What maps and folds read, in the order of their composition."""
+        st = self.stream
+        tensors = [t for m in st.maps for t in m.tensors] + [_flat(t) for f in self.folds for t in f.tensors]
+        return tensors, [v for m in st.maps for v in m.numbers] + [v for f in self.folds for v in f.numbers]
+
+    def _configs(self) -> tuple[launch.Config, launch.Config]:
+        dtype = torch.float32 if self.stored is not None or not self.pairs else self.pairs[0][0].dtype
+        return launch.configs(self.stream.device, dtype)
+
+    def fold(self, picked: Tensor | None) -> list[State]:
+        """The states of the folds, each part (N,) or (C,). Picked logits are written to `picked` (N, K), in the picks' order."""
+        config, device = self._configs()[0], self.stream.device
+        made = compose.composition(self.stream.maps, [compose.part_of(f) for f in self.folds])
+        bands = -(-self.n // config.BM)
+        splits, each = launch.split_classes(bands, -(-self.c // config.BN), config.group, device)
+        rows, columns = self._states("rows", splits, self.n), self._states("columns", bands, self.c)
+        pointers, numbers_of, constants, filler = self._shared(config)
+        tensors, numbers = self._parameters()
+        launch.start(
+            kernels.fold,
+            bands * splits,
+            device,
+            [*pointers, self.picks if self.k else None, picked, _tuple(tensors, filler), _tuple(rows, filler), _tuple(columns, filler),
+             self.stream.scale, _tuple(numbers, 0.0), self.class_base, self.n, self.c, self.k, *numbers_of, each, splits],
+            constants | {"BEND": made.bend, "START": made.start, "UPDATE": made.update, "STORE": made.store, "COLUMNS": made.columns,
+                         "HAS_COLUMNS": bool(columns), "ONE_PICK": self.k == 1},
+            config,
+        )  # fmt: skip
+        rows = merged(rows, made.load_rows, made.merge_rows, made.store)
+        columns = merged(columns, made.load_columns, made.merge_columns, made.store_columns)
+        taken = {"rows": iter(rows), "columns": iter(columns)}
+        return [tuple([next(taken[f.axis]) for _ in f.differentiable]) for f in self.folds]
+
+    def _states(self, axis: str, count: int, n: int) -> list[Tensor]:
+        like = self.stream.tensors[0]
+        parts = sum(len(f.differentiable) for f in self.folds if f.axis == axis)
+        return [like.new_empty((count, n), dtype=torch.float32) for _ in range(parts)]
+
+    def gradient(
+        self, states: Sequence[State], grads: Sequence[Sequence[Tensor | None]], h: Tensor | None, keep: Tensor | None,
+        out: Tensor, boost: float,
+    ) -> None:  # fmt: skip
+        """out (N, C) = boost dL/dz. states, grads: of each fold, flat vectors. h: (N, K) in the picks' order, 0 where a row does not count."""
+        config, device = self._configs()[1], self.stream.device
+        active = [any(g is not None for g in parts) for parts in grads]
+        if self.k and h is None:
+            h = out.new_zeros((self.n, self.k), dtype=torch.float32)
+        excluded = [f.exclude_picks for f, there in zip(self.folds, active, strict=True) if there]
+        # Where all folds or none leave the picks out and no map bends them, they are written over the finished tile.
+        afterwards = not self.stream.maps and (all(excluded) or not any(excluded))
+        made = compose.composition(self.stream.maps, [compose.part_of(f, there) for f, there in zip(self.folds, active, strict=True)])
+        pointers, numbers_of, constants, filler = self._shared(config)
+        tensors, numbers = self._parameters()
+        for f, state, parts, there in zip(self.folds, states, grads, active, strict=True):
+            if there:
+                tensors += [t.contiguous() for t in state]
+                given = [g for g, d in zip(parts, f.differentiable, strict=True) if d]
+                tensors += [torch.zeros_like(state[0]) if g is None else g.float().contiguous() for g in given]
+        tiles = -(-self.n // config.BM) * -(-self.c // config.BN)
+        in_tile = self.k and not afterwards
+        launch.start(
+            kernels.gradient,
+            tiles,
+            device,
+            [*pointers, self.picks if in_tile else None, h if h is not None else filler, keep, _tuple(tensors, filler), out,
+             self.stream.scale, boost, _tuple(numbers, 0.0), self.class_base, self.n, self.c, self.k, *numbers_of, out.stride(0)],
+            constants | {"BEND": made.bend, "GRADIENT": made.gradient, "BOOSTED": boost != 1.0},
+            config,
+        )  # fmt: skip
+        if self.k and afterwards:
+            launch.start(
+                kernels.add_picks,
+                -(-self.n // launch.MERGE_BLOCK),
+                device,
+                [out, self.picks, h, boost, self.class_base, self.n, self.c, self.k, out.stride(0)],
+                {"OVERWRITE": bool(excluded) and all(excluded), "BLOCK": launch.MERGE_BLOCK},
+            )
+
+
+def _flat(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def _tuple(values: Sequence[Any], filler: Any) -> tuple[Any, ...]:
+    """A tuple argument; never an empty one, which a kernel could not take."""
+    return tuple(values) or (filler,)
+
+
+def merged(parts: list[Tensor], load: Any, merge: Any, store: Any) -> list[Tensor]:
+    """States (count, n) merged to (n,)."""
+    if not parts or parts[0].shape[0] == 1:
+        return [t.view(-1) for t in parts]
+    count, n = parts[0].shape
+    out = [t.new_empty(n) for t in parts]
+    launch.start(
+        kernels.merge, -(-n // launch.MERGE_BLOCK), out[0].device, [tuple(parts), tuple(out), n, count],
+        {"LOAD": load, "MERGE": merge, "STORE": store, "BLOCK": launch.MERGE_BLOCK},
+    )  # fmt: skip
+    return out
+
+
+def reduce(
+    stream: Stream, picks: Tensor | None, keep: Tensor | None, folds: Sequence[Fold], plan: Plan
+) -> tuple[list[State], Tensor | None]:
+    """The states of all folds, and the picked logits (N, K)."""
+    n, c = stream.shape
+    source = _Source(stream, picks, folds, None)
+    picked = None if source.picks is None else stream.tensors[0].new_zeros(picks_shape(source.picks), dtype=torch.float32)
+    states = source.fold(Span(0, n), picked, plan)
+    shaped = [tuple([t.unsqueeze(-1) for t in state]) for state in states]
+    return shaped, None if picked is None or source.picks is None else source.picks.back(picked)
+
+
+def picks_shape(picks: Picks) -> tuple[int, int]:
+    """(N, K)"""
+    return picks.sorted.shape[0], picks.sorted.shape[1]
+
+
+def reduce_backward(
+    stream: Stream, picks: Tensor | None, keep: Tensor | None, folds: Sequence[Fold], plan: Plan,
+    states: Sequence[State], grads: Sequence[Sequence[Tensor | None]], h: Tensor | None, needs: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of the needed tensors, from the states and what reached them. Tiles are made again, a slab of classes at a time."""
+    source = _Source(stream, picks, folds, keep)
+    maker, n = source.maker, stream.shape[0]
+    sink = Sink(maker, folds, needs, keep_wide=False, whole=False)
+    everything = Span(0, n)
+    if n == 0:
+        sink.no_rows()
+        return sink.finish()
+    up = _Up.of(source, folds, states, grads, h, everything)
+    sink.open_rows(everything)
+    operands = source.features(everything)
+    xs = maker.features(everything)
+    for c in spans(maker.c, plan.class_block):
+        sums = sink.open_slab(c)
+        g = source.gradient(everything, c, operands, up, None, 1.0)
+        sink.add(g, None, xs, maker.slab(c), sums, everything, c, first_rows=True, first_classes=c.start == 0)
+        sink.close_slab(c, sums)
+    sink.close_rows()
+    return sink.finish()
+
+
+def stream_loss(
+    stream: Stream, picks: Tensor | None, keep: Tensor | None, folds: Sequence[Fold],
+    row_loss: Callable[..., tuple[Tensor, list[list[Tensor | None]], Tensor | None, list[Tensor]]],
+    args: Sequence[Tensor], plan: Plan, needs: Sequence[bool],
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """sum_i row_loss_i and the gradients of the needed tensors (fp32 until the upstream factor is known). As the tiled engine's."""
+    source = _Source(stream, picks, folds, keep)
+    maker, n = source.maker, stream.shape[0]
+    tensors = len(stream.tensors) + sum(len(f.tensors) for f in folds)
+    sink = Sink(maker, folds, needs[:tensors], keep_wide=True, whole=True)
+    like = maker.pool.get("empty", 0, 0)
+    loss = like.new_zeros(())
+    dargs = [a.new_zeros(a.shape, dtype=maker.dtype) if need else None for a, need in zip(args, needs[tensors:], strict=True)]
+    slabs = spans(maker.c, plan.class_block)
+    for r in spans(n, plan.chunk):
+        xs = maker.features(r)
+        stored = maker.pool.get("kept", r.size, maker.c)
+        for c in slabs:
+            for p, (x, w) in enumerate(zip(xs, maker.slab(c), strict=True)):
+                product(x, w.t(), stored[:, c.start : c.stop], beta=float(p > 0))
+        chosen = source.picks
+        picked = None if chosen is None else like.new_zeros((r.size, picks_shape(chosen)[1]))
+        states = [tuple([t.unsqueeze(-1) for t in state]) for state in source.problem(r, Span(0, maker.c), (), stored).fold(picked)]
+        back = None if picked is None or chosen is None else chosen.rows(r).back(picked)
+        total, grads, h, for_args = row_loss(states, back, [maker.rows.take(a, r) for a in args], maker.rows.mask(r))
+        loss = loss + total
+        for out, part in zip([d for d in dargs if d is not None], for_args, strict=True):
+            maker.rows.put(out, r, part)
+        up = _Up.of(source, folds, states, grads, h, r)
+        sink.open_rows(r)
+        for c in slabs:
+            g = source.gradient(r, c, [], up, stored, sink.boost)
+            sink.add(g, None, xs, maker.slab(c), sink.open_slab(c), r, c, first_rows=r.start == 0, first_classes=c.start == 0)
+        sink.close_rows()
+    if n == 0:
+        sink.no_rows()
+    else:
+        for c in slabs:
+            sink.close_slab(c, sink.open_slab(c))
+    return loss.to(maker.dtype), sink.finish() + [d for d in dargs if d is not None]
+
+
+@dataclass(frozen=True)
+class _Up:
+    """What reached the op's outputs at some rows, as flat vectors. h: (r, K) in the picks' order. keep: (r,) uint8 or None."""
+
+    states: list[State]
+    grads: list[list[Tensor | None]]
+    h: Tensor | None
+    keep: Tensor | None
+
+    @classmethod
+    def of(cls, source: _Source, folds: Sequence[Fold], states: Sequence[State], grads: Any, h: Tensor | None, r: Span) -> _Up:
+        mask = source.maker.rows.mask(r)
+        flat = [tuple([t.reshape(-1) for t in state]) for state in states]
+        if h is not None and source.picks is not None:
+            h = source.picks.rows(r).there(h if mask is None else torch.where(mask.unsqueeze(-1), h, 0.0))
+        return cls(
+            flat,
+            [[None if t is None else t.reshape(-1) for t in parts] for parts in grads],
+            h,
+            None if mask is None else mask.to(torch.uint8),
+        )
+
+
+class _Source:
+    """A stream whose operands are cut and cast as launches need them."""
+
+    def __init__(self, stream: Stream, picks: Tensor | None, folds: Sequence[Fold], keep: Tensor | None) -> None:
+        n, self.c = stream.shape
+        self.stream, self.folds = stream, tuple(folds)
+        self.maker = TileMaker(stream, None, Rows(n, keep, compact=False))
+        self.picks = Picks.of(picks)
+        self.dtypes = [stream.compute_dtype or torch.promote_types(x.dtype, w.dtype) for x, w in stream.pairs]
+        self.whole = Problem(stream, self.folds, (), n, self.c, None if self.picks is None else self.picks.sorted)
+
+    def features(self, r: Span) -> list[Tensor]:
+        """x of each pair, as the kernels' operands."""
+        return [_rowwise(self.maker.rows.take(x, r).to(dtype)) for (x, _), dtype in zip(self.stream.pairs, self.dtypes, strict=True)]
+
+    def problem(self, r: Span, c: Span, xs: Sequence[Tensor], stored: Tensor | None) -> Problem:
+        """Rows r and classes c; stored: the products of those rows with all classes."""
+        if stored is not None:
+            return self.whole.cut(r, c, (), stored[:, c.start : c.stop])
+        ws = [_rowwise(w[c.start : c.stop].to(dtype)) for (_, w), dtype in zip(self.stream.pairs, self.dtypes, strict=True)]
+        return self.whole.cut(r, c, tuple(zip(xs, ws, strict=True)))
+
+    def fold(self, r: Span, picked: Tensor | None, plan: Plan) -> list[State]:
+        """The folds over all classes: at once, or, where w must be cast, a slab at a time."""
+        if r.size == 0:
+            like = self.maker.pool.get("empty", 0, 0)
+            return [tuple([t.view(-1) for t in f.identity(0 if f.axis == "rows" else self.c, like)]) for f in self.folds]
+        xs = self.features(r)
+        cast = any(w.dtype != dtype for (_, w), dtype in zip(self.stream.pairs, self.dtypes, strict=True))
+        slabs = spans(self.c, plan.class_block) if cast else [Span(0, self.c)]
+        found = [self.problem(r, c, xs, None).fold(picked) for c in slabs]
+        if len(found) == 1:
+            return found[0]
+        made = compose.composition(self.stream.maps, [compose.part_of(f) for f in self.folds])
+        rows = [torch.stack(parts) for parts in zip(*[[t for f, s in zip(self.folds, one, strict=True) if f.axis == "rows" for t in s] for one in found])]
+        taken = iter(merged(rows, made.load_rows, made.merge_rows, made.store))
+        return [
+            tuple([next(taken) for _ in f.differentiable])
+            if f.axis == "rows"
+            else tuple([torch.cat(parts) for parts in zip(*[one[i] for one in found], strict=True)])
+            for i, f in enumerate(self.folds)
+        ]
+
+    def gradient(self, r: Span, c: Span, xs: Sequence[Tensor], up: _Up, stored: Tensor | None, boost: float) -> Tensor:
+        """G of rows r and classes c, in the type of the products."""
+        dtype = self.dtypes[0] if self.dtypes else torch.float32
+        out = self._slab(r.size, c.size, dtype)
+        states = [s if f.axis == "rows" else tuple([t[c.start : c.stop] for t in s]) for f, s in zip(self.folds, up.states, strict=True)]
+        grads = [
+            parts if f.axis == "rows" else [None if t is None else t[c.start : c.stop] for t in parts]
+            for f, parts in zip(self.folds, up.grads, strict=True)
+        ]
+        self.problem(r, c, xs, stored).gradient(states, grads, up.h, up.keep, out, boost)
+        return out
+
+    def _slab(self, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+        """The work buffer of G: rows of whole 16 bytes, for descriptors and vector loads."""
+        stride = -(-cols // 8) * 8
+        halves = self.maker.pool.get("slab", rows, stride)
+        return halves.view(-1).view(dtype)[: rows * stride].view(rows, stride)[:, :cols]
+
+
+def _rowwise(t: Tensor) -> Tensor:
+    """t with its features side by side, as the kernels read it."""
+    return t if t.stride(-1) == 1 else t.contiguous()

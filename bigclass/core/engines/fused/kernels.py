@@ -1,0 +1,242 @@
+"""The kernels of the fused engine. Logits exist in registers; what varies with the recipe comes in as compile-time functions (compose.py).
+
+    fold      for a band of BM rows, for tiles of BN classes: acc = sum_p x_p w_p^T; s = maps(raw(acc)); states of the row folds stay in
+              registers over the band; states of the column folds and the picked logits are written as tiles meet them
+    merge     states of the class splits (of the row blocks, for column folds) to one
+    gradient  one tile a program: acc again (or read, where the forward stored it), G = dL/dz, written in the operands' type
+    add_picks G[i, pick_ik] += h_ik, or = h_ik where every fold leaves the picks out
+
+Flops: fold and gradient 2NCD each. Bytes: fold reads w once for each group of 16 bands and x once for each class split (from L2 while 16
+bands of x fit), writes 4 x states x N x splits; gradient reads the same and writes the operand size x N x C. Floor: the GEMM's time.
+Epilogue instructions a logit (sm_90, 8 warps, from the compiled binary; `python -m benchmarks.kernels` prints them): see launch.py.
+
+Ragged ends: rows past N repeat the last row (or read zeros) and are never stored, classes past C are -inf and only in a last, peeled tile,
+features past D are zeros. Offsets into N x C and C x D are 64 bits wide.
+"""
+
+import triton
+import triton.language as tl
+
+NO_CLASS = tl.constexpr(2147483647)  # stands for a pick that is no more
+
+
+@triton.jit
+def _block(source, row0, k0, stride, rows_total, D, BR: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, EVEN_D: tl.constexpr):
+    """source[row0 : row0 + BR, k0 : k0 + BK]; past the ends zeros, or rows that nobody stores."""
+    if TMA:
+        block = source.load([row0, k0])
+    else:
+        r = tl.minimum(row0 + tl.arange(0, BR), rows_total - 1)
+        k = k0 + tl.arange(0, BK)
+        at = source + r.to(tl.int64)[:, None] * stride + k[None, :]
+        block = tl.load(at) if EVEN_D else tl.load(at, mask=(k < D)[None, :], other=0.0)
+    return block
+
+
+@triton.jit
+def _product(acc, x, w, row0, class0, x_stride, w_stride, N, C, D, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr,
+             EVEN_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """acc (BM, BN) + x w^T."""
+    for k0 in range(0, D, BK):
+        a = _block(x, row0, k0, x_stride, N, D, BM, BK, TMA, EVEN_D)
+        b = _block(w, class0, k0, w_stride, C, D, BN, BK, TMA, EVEN_D)
+        if UPCAST:  # Triton's interpreter multiplies the bits of bf16
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _raw(x0, w0, x1, w1, stored, class_scale, given, bias, scale, scale_tensor, row0, class0, rows, cols, N, C, D0, D1,
+         x0_stride, w0_stride, x1_stride, w1_stride, stored_stride,
+         BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, EVEN_D: tl.constexpr, SCALED: tl.constexpr,
+         PRECISION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """z (BM, BN): the logits before the maps. stored: the products, if they lie in memory already."""
+    inside = (rows < N)[:, None] & (cols < C)[None, :]
+    if stored is not None:
+        acc = tl.load(stored + rows.to(tl.int64)[:, None] * stored_stride + cols[None, :], mask=inside, other=0.0)
+    else:
+        acc = tl.zeros((BM, BN), tl.float32)
+        acc = _product(acc, x0, w0, row0, class0, x0_stride, w0_stride, N, C, D0, BM, BN, BK, TMA, EVEN_D, PRECISION, UPCAST)
+        if x1 is not None:
+            acc = _product(acc, x1, w1, row0, class0, x1_stride, w1_stride, N, C, D1, BM, BN, BK, TMA, EVEN_D, PRECISION, UPCAST)
+    if class_scale is not None:
+        acc *= tl.load(class_scale + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
+    if given is not None:
+        acc += tl.load(given + rows.to(tl.int64)[:, None] * C + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+    if bias is not None:
+        acc += tl.load(bias + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
+    if SCALED:
+        acc *= scale
+    if scale_tensor is not None:
+        acc *= tl.load(scale_tensor).to(tl.float32)
+    return acc
+
+
+@triton.jit
+def _first_pick(picks, rows, N, K, class0):
+    """How many of each row's picks (ascending, -1 first) lie before class0 of all classes."""
+    before = tl.zeros_like(rows)
+    for k in range(0, K):
+        before += (tl.load(picks + rows.to(tl.int64) * K + k, mask=rows < N, other=NO_CLASS) < class0).to(tl.int32)
+    return before
+
+
+@triton.jit
+def _pick(picks, rows, N, K, at, class_base):
+    """The at-th pick of each row, counted from class_base; far off behind the last."""
+    return tl.load(picks + rows.to(tl.int64) * K + at, mask=(rows < N) & (at < K), other=NO_CLASS) - class_base
+
+
+@triton.jit
+def _fold_tile(state, at, x0, w0, x1, w1, stored, class_scale, given, bias, scale, scale_tensor, picks, picked, tensors, numbers, column_out,
+               block, row0, class0, rows, class_base, N, C, K, D0, D1, x0_stride, w0_stride, x1_stride, w1_stride, stored_stride,
+               BEND: tl.constexpr, UPDATE: tl.constexpr, COLUMNS: tl.constexpr, HAS_COLUMNS: tl.constexpr, ONE_PICK: tl.constexpr,
+               MASKED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, EVEN_D: tl.constexpr,
+               SCALED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """Fold one tile into the band's state. `at`: with one pick a row its class, else the number of picks passed."""
+    cols = class0 + tl.arange(0, BN)
+    z = _raw(x0, w0, x1, w1, stored, class_scale, given, bias, scale, scale_tensor, row0, class0, rows, cols, N, C, D0, D1,
+             x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, BM, BN, BK, TMA, EVEN_D, SCALED, PRECISION, UPCAST)  # fmt: skip
+    s = BEND(z, tensors, numbers)
+    live = (cols < C)[None, :]
+    if HAS_COLUMNS:  # a column must not see the rows past N
+        live = live & (rows < N)[:, None]
+    if MASKED or HAS_COLUMNS:
+        s = tl.where(live, s, float("-inf"))
+    sx, livex = s, live
+    if picks is not None:
+        if ONE_PICK:
+            hit = cols[None, :] == at[:, None]
+            inside = (at >= class0) & (at < class0 + BN) & (rows < N)
+            tl.store(picked + rows, tl.sum(tl.where(hit, s, 0.0), axis=1), mask=inside)
+        else:
+            # one turn for each pick that a row has in this tile, whatever K
+            hit = cols[None, :] < tl.zeros_like(rows)[:, None]
+            next_pick = _pick(picks, rows, N, K, at, class_base)
+            inside = next_pick < class0 + BN
+            while tl.max(inside.to(tl.int32), axis=0) > 0:
+                here = cols[None, :] == next_pick[:, None]
+                hit = hit | here
+                tl.store(picked + rows.to(tl.int64) * K + at, tl.sum(tl.where(here, s, 0.0), axis=1), mask=inside)
+                at += inside.to(tl.int32)
+                next_pick = _pick(picks, rows, N, K, at, class_base)
+                inside = next_pick < class0 + BN
+        sx = tl.where(hit, float("-inf"), s)
+        livex = live & (hit == 0)
+    state = UPDATE(state, s, sx, live, livex, rows, cols, N, C, tensors, numbers, MASKED or HAS_COLUMNS, picks is not None)
+    if HAS_COLUMNS:
+        COLUMNS(s, sx, live, livex, rows, cols, N, C, tensors, numbers, True, picks is not None, column_out, block.to(tl.int64) * C)
+    return state, at
+
+
+@triton.jit(do_not_specialize=["class_base", "N", "C", "K", "split_tiles", "splits"])
+def fold(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, picks, picked, tensors, row_out, column_out,
+         scale, numbers, class_base, N, C, K, D0, D1, x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, split_tiles, splits,
+         BEND: tl.constexpr, START: tl.constexpr, UPDATE: tl.constexpr, STORE: tl.constexpr, COLUMNS: tl.constexpr,
+         HAS_COLUMNS: tl.constexpr, ONE_PICK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+         TMA: tl.constexpr, EVEN_D: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    # GROUP bands x all splits run side by side: their x stays in L2, and each tile of w is read once for GROUP bands
+    bands = tl.cdiv(N, BM)
+    group = tl.program_id(0) // (GROUP * splits)
+    width = tl.minimum(bands - group * GROUP, GROUP)
+    place = tl.program_id(0) - group * GROUP * splits
+    block = group * GROUP + place % width
+    split = place // width
+
+    row0 = block * BM
+    rows = row0 + tl.arange(0, BM)
+    first = split * split_tiles
+    last = tl.minimum(first + split_tiles, tl.cdiv(C, BN))
+    whole = tl.maximum(tl.minimum(last, C // BN), first)
+    state = START(BM)
+    at = tl.zeros_like(rows)
+    if picks is not None:
+        if ONE_PICK:
+            at = tl.load(picks + rows, mask=rows < N, other=-1) - class_base
+        else:
+            at = _first_pick(picks, rows, N, K, class_base + first * BN)
+    for t in range(first, whole):
+        state, at = _fold_tile(
+            state, at, x0, w0, x1, w1, stored, class_scale, given, bias, scale, scale_tensor, picks, picked, tensors, numbers, column_out,
+            block, row0, t * BN, rows, class_base, N, C, K, D0, D1, x0_stride, w0_stride, x1_stride, w1_stride, stored_stride,
+            BEND, UPDATE, COLUMNS, HAS_COLUMNS, ONE_PICK, False, BM, BN, BK, TMA, EVEN_D, SCALED, PRECISION, UPCAST)  # fmt: skip
+    for t in range(whole, last):  # at most one tile, the ragged last
+        state, at = _fold_tile(
+            state, at, x0, w0, x1, w1, stored, class_scale, given, bias, scale, scale_tensor, picks, picked, tensors, numbers, column_out,
+            block, row0, t * BN, rows, class_base, N, C, K, D0, D1, x0_stride, w0_stride, x1_stride, w1_stride, stored_stride,
+            BEND, UPDATE, COLUMNS, HAS_COLUMNS, ONE_PICK, True, BM, BN, BK, TMA, EVEN_D, SCALED, PRECISION, UPCAST)  # fmt: skip
+    STORE(state, row_out, split.to(tl.int64) * N, rows, N)
+
+
+@triton.jit(do_not_specialize=["n", "count"])
+def merge(parts, out, n, count, LOAD: tl.constexpr, MERGE: tl.constexpr, STORE: tl.constexpr, BLOCK: tl.constexpr):
+    """parts: pointers to (count, n) states; out: to (n,)."""
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    state = LOAD(parts, 0, index, n)
+    for i in range(1, count):
+        state = MERGE(state, LOAD(parts, tl.full((), i, tl.int64) * n, index, n))
+    STORE(state, out, 0, index, n)
+
+
+@triton.jit(do_not_specialize=["class_base", "N", "C", "K"])
+def gradient(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, picks, h, keep, tensors, out,
+             scale, boost, numbers, class_base, N, C, K, D0, D1, x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, out_stride,
+             BEND: tl.constexpr, GRADIENT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+             TMA: tl.constexpr, EVEN_D: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+             BOOSTED: tl.constexpr):  # fmt: skip
+    """out[i, j] = boost dL/dz_ij, one tile a program. picks: None where `add_picks` writes them afterwards."""
+    bands, tiles = tl.cdiv(N, BM), tl.cdiv(C, BN)
+    group = tl.program_id(0) // (GROUP * tiles)
+    width = tl.minimum(bands - group * GROUP, GROUP)
+    place = tl.program_id(0) - group * GROUP * tiles
+    row0 = (group * GROUP + place % width) * BM
+    class0 = (place // width) * BN
+    rows, cols = row0 + tl.arange(0, BM), class0 + tl.arange(0, BN)
+
+    z = _raw(x0, w0, x1, w1, stored, class_scale, given, bias, scale, scale_tensor, row0, class0, rows, cols, N, C, D0, D1,
+             x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, BM, BN, BK, TMA, EVEN_D, SCALED, PRECISION, UPCAST)  # fmt: skip
+    s = BEND(z, tensors, numbers)
+    live = (cols < C)[None, :]
+    sx, livex = s, live
+    h_tile = tl.zeros((BM, BN), tl.float32)
+    if picks is not None:
+        hit = cols[None, :] < tl.zeros_like(rows)[:, None]
+        at = _first_pick(picks, rows, N, K, class_base + class0)
+        next_pick = _pick(picks, rows, N, K, at, class_base)
+        inside = next_pick < class0 + BN
+        while tl.max(inside.to(tl.int32), axis=0) > 0:
+            here = (cols[None, :] == next_pick[:, None]) & inside[:, None]
+            hit = hit | here
+            h_tile += tl.where(here, tl.load(h + rows.to(tl.int64) * K + at, mask=inside, other=0.0)[:, None], 0.0)
+            at += inside.to(tl.int32)
+            next_pick = _pick(picks, rows, N, K, at, class_base)
+            inside = next_pick < class0 + BN
+        sx = tl.where(hit, float("-inf"), s)
+        livex = live & (hit == 0)
+    g = GRADIENT(z, s, sx, live, livex, rows, cols, N, C, tensors, numbers, False, picks is not None, h_tile)
+    if keep is not None:
+        g = tl.where(tl.load(keep + rows, mask=rows < N, other=0)[:, None] != 0, g, 0.0)
+    if BOOSTED:
+        g *= boost
+    to = out + rows.to(tl.int64)[:, None] * out_stride + cols[None, :]
+    tl.store(to, g.to(out.dtype.element_ty), mask=(rows < N)[:, None] & live)
+
+
+@triton.jit(do_not_specialize=["class_base", "N", "C", "K"])
+def add_picks(out, picks, h, boost, class_base, N, C, K, out_stride, OVERWRITE: tl.constexpr, BLOCK: tl.constexpr):
+    """out[i, picks_ik - class_base] += boost h_ik, in order of k; with OVERWRITE what stood there goes first.
+
+    A thread owns its row, so equal picks add up in order. picks: (N, K), -1 for none; h: 0 where a row does not count."""
+    rows = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    if OVERWRITE:
+        for k in range(0, K):
+            pick = tl.load(picks + rows * K + k, mask=rows < N, other=-1) - class_base
+            inside = (pick >= 0) & (pick < C) & (rows < N)
+            tl.store(out + rows * out_stride + pick, tl.zeros((BLOCK,), tl.float32).to(out.dtype.element_ty), mask=inside)
+    for k in range(0, K):
+        pick = tl.load(picks + rows * K + k, mask=rows < N, other=-1) - class_base
+        inside = (pick >= 0) & (pick < C) & (rows < N)
+        to = out + rows * out_stride + pick
+        g = tl.load(to, mask=inside, other=0.0).to(tl.float32) + boost * tl.load(h + rows * K + k, mask=inside, other=0.0)
+        tl.store(to, g.to(out.dtype.element_ty), mask=inside)
