@@ -105,10 +105,9 @@ class Problem:
         st = self.stream
         pairs = [(x, w) for x, w in self.pairs] if self.stored is None else []
         tma = config.tma and bool(pairs) and launch.describable([t for pair in pairs for t in pair])
-        chosen = replace(config, tma=tma)
         pointers, sizes, strides = [], [], []
         for x, w in pairs:
-            pointers += [launch.operand(x, config.BM, config.BK, chosen), launch.operand(w, config.BN, config.BK, chosen)]
+            pointers += [launch.operand(x, config.BM, config.BK, tma), launch.operand(w, config.BN, config.BK, tma)]
             sizes.append(x.shape[1])
             strides += [x.stride(0), w.stride(0)]
         missing = 2 - len(pairs)
@@ -142,7 +141,11 @@ class Problem:
         return launch.configs(self.stream.device, dtype)
 
     def fold(self, picked: Tensor | None) -> list[State]:
-        """The states of the folds, each part (N,) or (C,). Picked logits are written to `picked` (N, K), in the picks' order."""
+        """The states of the folds, each part (N,) or (C,). Picked logits are written to `picked` (N, K), in the picks' order.
+
+        A pick must not exceed a log-sum-exp that counts it, so it is then read from the tile itself, with the rounding it has there.
+        Where a fold leaves the picks out nobody can compare them, and reading them apart spares every tile the search.
+        """
         config, device = self._configs()[0], self.stream.device
         made = compose.composition(self.stream.maps, [compose.part_of(f) for f in self.folds])
         bands = -(-self.n // config.BM)
@@ -150,6 +153,9 @@ class Problem:
         rows, columns = self._states("rows", splits, self.n), self._states("columns", bands, self.c)
         pointers, numbers_of, constants, filler = self._shared(config)
         tensors, numbers = self._parameters()
+        exclude = self.k > 0 and any(f.exclude_picks for f in self.folds)
+        if exclude:
+            self._read_picks(made, picked)
         launch.start(
             kernels.fold,
             bands * splits,
@@ -157,7 +163,7 @@ class Problem:
             [*pointers, self.picks if self.k else None, picked, _tuple(tensors, filler), _tuple(rows, filler), _tuple(columns, filler),
              self.stream.scale, _tuple(numbers, 0.0), self.class_base, self.n, self.c, self.k, *numbers_of, each, splits],
             constants | {"BEND": made.bend, "START": made.start, "UPDATE": made.update, "STORE": made.store, "COLUMNS": made.columns,
-                         "HAS_COLUMNS": bool(columns), "ONE_PICK": self.k == 1},
+                         "HAS_COLUMNS": bool(columns), "ONE_PICK": self.k == 1, "READ": self.k > 0 and not exclude, "EXCLUDE": exclude},
             config,
         )  # fmt: skip
         rows = merged(rows, made.load_rows, made.merge_rows, made.store)
@@ -177,38 +183,56 @@ class Problem:
         """out (N, C) = boost dL/dz. states, grads: of each fold, flat vectors. h: (N, K) in the picks' order, 0 where a row does not count."""
         config, device = self._configs()[1], self.stream.device
         active = [any(g is not None for g in parts) for parts in grads]
-        if self.k and h is None:
-            h = out.new_zeros((self.n, self.k), dtype=torch.float32)
         excluded = [f.exclude_picks for f, there in zip(self.folds, active, strict=True) if there]
-        # Where all folds or none leave the picks out and no map bends them, they are written over the finished tile.
-        afterwards = not self.stream.maps and (all(excluded) or not any(excluded))
+        # Where all folds leave the picks out, what the tile holds there is overwritten; where some do, they must look for them.
+        mixed = self.k > 0 and any(excluded) and not all(excluded)
         made = compose.composition(self.stream.maps, [compose.part_of(f, there) for f, there in zip(self.folds, active, strict=True)])
         pointers, numbers_of, constants, filler = self._shared(config)
         tensors, numbers = self._parameters()
+        own = list(tensors)
         for f, state, parts, there in zip(self.folds, states, grads, active, strict=True):
             if there:
                 tensors += [t.contiguous() for t in state]
                 given = [g for g, d in zip(parts, f.differentiable, strict=True) if d]
                 tensors += [torch.zeros_like(state[0]) if g is None else g.float().contiguous() for g in given]
-        tiles = -(-self.n // config.BM) * -(-self.c // config.BN)
-        in_tile = self.k and not afterwards
+        tma_out = config.tma and launch.describable([out])
         launch.start(
             kernels.gradient,
-            tiles,
+            -(-self.n // config.BM) * -(-self.c // config.BN),
             device,
-            [*pointers, self.picks if in_tile else None, h if h is not None else filler, keep, _tuple(tensors, filler), out,
-             self.stream.scale, boost, _tuple(numbers, 0.0), self.class_base, self.n, self.c, self.k, *numbers_of, out.stride(0)],
-            constants | {"BEND": made.bend, "GRADIENT": made.gradient, "BOOSTED": boost != 1.0},
+            [*pointers, self.picks if mixed else None, keep, _tuple(tensors, filler),
+             launch.operand(out, config.BM, config.BN, tma_out), self.stream.scale, boost, _tuple(numbers, 0.0),
+             self.class_base, self.n, self.c, self.k, *numbers_of, out.stride(0)],
+            constants | {"BEND": made.bend, "GRADIENT": made.gradient, "ONE_PICK": self.k == 1, "BOOSTED": boost != 1.0,
+                         "TMA_OUT": tma_out},
             config,
         )  # fmt: skip
-        if self.k and afterwards:
-            launch.start(
-                kernels.add_picks,
-                -(-self.n // launch.MERGE_BLOCK),
-                device,
-                [out, self.picks, h, boost, self.class_base, self.n, self.c, self.k, out.stride(0)],
-                {"OVERWRITE": bool(excluded) and all(excluded), "BLOCK": launch.MERGE_BLOCK},
-            )
+        if self.k == 0 or (h is None and not any(excluded)):
+            return
+        pointers, numbers_of, constants, filler = self._shared(launch.ROWS)
+        launch.start(
+            kernels.add_picks,
+            -(-self.n // launch.ROWS.BM),
+            device,
+            [*pointers, self.picks, torch.zeros_like(self.picks, dtype=torch.float32) if h is None else h, _tuple(own, filler), out,
+             self.stream.scale, boost, _tuple(numbers, 0.0), self.class_base, self.n, self.c, self.k, *numbers_of, out.stride(0)],
+            {"MAP_BACK": made.map_back, "HAS_MAPS": bool(self.stream.maps), "OVERWRITE": bool(excluded) and all(excluded),
+             "BLOCK": launch.ROWS.BM, "BK": launch.ROWS.BK, "SCALED": constants["SCALED"]},
+            launch.ROWS,
+        )  # fmt: skip
+
+    def _read_picks(self, made: compose.Composition, picked: Tensor | None) -> None:
+        pointers, numbers_of, constants, filler = self._shared(launch.ROWS)
+        tensors, numbers = self._parameters()
+        launch.start(
+            kernels.read_picks,
+            -(-self.n // launch.ROWS.BM),
+            self.stream.device,
+            [*pointers, self.picks, picked, _tuple(tensors, filler), self.stream.scale, _tuple(numbers, 0.0),
+             self.class_base, self.n, self.c, self.k, *numbers_of],
+            {"BEND": made.bend, "BLOCK": launch.ROWS.BM, "BK": launch.ROWS.BK, "SCALED": constants["SCALED"]},
+            launch.ROWS,
+        )  # fmt: skip
 
 
 def _flat(t: Tensor | None) -> Tensor | None:

@@ -67,7 +67,8 @@ class Composition:
     load_rows: Any  # (pointers, offset, index, n) -> state
     load_columns: Any
     store_columns: Any
-    gradient: Any  # (tile..., h, hit) -> dL/dz before the scale
+    map_back: Any  # (g, z, tensors, numbers) -> dL/dz from g = dL/ds
+    gradient: Any  # (z, tile...) -> dL/dz, without the picks' own
 
 
 def part_of(f: Fold, active: bool = False) -> Part:
@@ -110,11 +111,10 @@ def _composition(maps: tuple[tuple[type[Map], int, int], ...], folds: tuple[Part
     file = f"<bigclass epilogue {hashlib.sha256(source.encode()).hexdigest()[:16]}>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)  # where inspect finds it
     exec(compile(source, file, "exec"), names)
-    wanted = Composition.__dataclass_fields__
     made: dict[str, Any] = {}
-    for name in ("map_back", *wanted):
-        made[name] = names[name] = triton.jit(names[name])
-    return Composition(**{name: made[name] for name in wanted})
+    for name in Composition.__dataclass_fields__:
+        made[name] = names[name] = triton.jit(names[name])  # in `names` too: gradient calls map_back
+    return Composition(**made)
 
 
 def _bind(names: dict[str, Any], name: str, form: Any) -> None:
@@ -257,7 +257,7 @@ class _Text:
         return [f"def {name}(state, pointers, offset, index, n):", *lines, "    pass", ""]
 
     def gradient(self) -> list[str]:
-        lines = [f"def gradient(z, {_constexpr(_ARGUMENTS)}, h):"]
+        lines = [f"def gradient(z, {_constexpr(_ARGUMENTS)}):"]
         at, made = self.states, []
         for i, f in enumerate(self.folds):
             if not f.active:
@@ -281,9 +281,7 @@ class _Text:
                 lines.append("    if PICKS:")
                 lines.append(f"        g_{i} = tl.where({mask}, g_{i}, 0.0)")
             made.append(f"tl.trans(g_{i})" if f.columns else f"g_{i}")
-        lines.append(f"    g = {' + '.join(made) if made else 'h'}")
-        if made:  # without PICKS h is nothing, and the picks are written over the stored tile
-            lines += ["    if PICKS:", "        g += h"]
+        lines.append(f"    g = {' + '.join(made) if made else 'tl.zeros_like(z)'}")
         return [*lines, "    return map_back(g, z, tensors, numbers)", ""]
 
 

@@ -4,7 +4,7 @@
               registers over the band; states of the column folds and the picked logits are written as tiles meet them
     merge     states of the class splits (of the row blocks, for column folds) to one
     gradient  one tile a program: acc again (or read, where the forward stored it), G = dL/dz, written in the operands' type
-    add_picks G[i, pick_ik] += h_ik, or = h_ik where every fold leaves the picks out
+    read_picks, add_picks   N K dot products: the picked logits; G[i, pick_ik] += h_ik (= h_ik where every fold leaves the picks out)
 
 Flops: fold and gradient 2NCD each. Bytes: fold reads w once for each group of 16 bands and x once for each class split (from L2 while 16
 bands of x fit), writes 4 x states x N x splits; gradient reads the same and writes the operand size x N x C. Floor: the GEMM's time.
@@ -92,7 +92,7 @@ def _pick(picks, rows, N, K, at, class_base):
 def _fold_tile(state, at, x0, w0, x1, w1, stored, class_scale, given, bias, scale, scale_tensor, picks, picked, tensors, numbers, column_out,
                block, row0, class0, rows, class_base, N, C, K, D0, D1, x0_stride, w0_stride, x1_stride, w1_stride, stored_stride,
                BEND: tl.constexpr, UPDATE: tl.constexpr, COLUMNS: tl.constexpr, HAS_COLUMNS: tl.constexpr, ONE_PICK: tl.constexpr,
-               MASKED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, EVEN_D: tl.constexpr,
+               READ: tl.constexpr, EXCLUDE: tl.constexpr, MASKED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, EVEN_D: tl.constexpr,
                SCALED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """Fold one tile into the band's state. `at`: with one pick a row its class, else the number of picks passed."""
     cols = class0 + tl.arange(0, BN)
@@ -108,25 +108,28 @@ def _fold_tile(state, at, x0, w0, x1, w1, stored, class_scale, given, bias, scal
     if picks is not None:
         if ONE_PICK:
             hit = cols[None, :] == at[:, None]
-            inside = (at >= class0) & (at < class0 + BN) & (rows < N)
-            tl.store(picked + rows, tl.sum(tl.where(hit, s, 0.0), axis=1), mask=inside)
+            if READ:
+                inside = (at >= class0) & (at < class0 + BN) & (rows < N)
+                tl.store(picked + rows, tl.sum(tl.where(hit, s, 0.0), axis=1), mask=inside)
         else:
             # one turn for each pick that a row has in this tile, whatever K
             hit = cols[None, :] < tl.zeros_like(rows)[:, None]
             next_pick = _pick(picks, rows, N, K, at, class_base)
             inside = next_pick < class0 + BN
             while tl.max(inside.to(tl.int32), axis=0) > 0:
-                here = cols[None, :] == next_pick[:, None]
+                here = (cols[None, :] == next_pick[:, None]) & inside[:, None]
                 hit = hit | here
-                tl.store(picked + rows.to(tl.int64) * K + at, tl.sum(tl.where(here, s, 0.0), axis=1), mask=inside)
+                if READ:
+                    tl.store(picked + rows.to(tl.int64) * K + at, tl.sum(tl.where(here, s, 0.0), axis=1), mask=inside)
                 at += inside.to(tl.int32)
                 next_pick = _pick(picks, rows, N, K, at, class_base)
                 inside = next_pick < class0 + BN
-        sx = tl.where(hit, float("-inf"), s)
-        livex = live & (hit == 0)
-    state = UPDATE(state, s, sx, live, livex, rows, cols, N, C, tensors, numbers, MASKED or HAS_COLUMNS, picks is not None)
+        if EXCLUDE:
+            sx = tl.where(hit, float("-inf"), s)
+            livex = live & (hit == 0)
+    state = UPDATE(state, s, sx, live, livex, rows, cols, N, C, tensors, numbers, MASKED or HAS_COLUMNS, EXCLUDE)
     if HAS_COLUMNS:
-        COLUMNS(s, sx, live, livex, rows, cols, N, C, tensors, numbers, True, picks is not None, column_out, block.to(tl.int64) * C)
+        COLUMNS(s, sx, live, livex, rows, cols, N, C, tensors, numbers, True, EXCLUDE, column_out, block.to(tl.int64) * C)
     return state, at
 
 
@@ -134,7 +137,8 @@ def _fold_tile(state, at, x0, w0, x1, w1, stored, class_scale, given, bias, scal
 def fold(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, picks, picked, tensors, row_out, column_out,
          scale, numbers, class_base, N, C, K, D0, D1, x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, split_tiles, splits,
          BEND: tl.constexpr, START: tl.constexpr, UPDATE: tl.constexpr, STORE: tl.constexpr, COLUMNS: tl.constexpr,
-         HAS_COLUMNS: tl.constexpr, ONE_PICK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+         HAS_COLUMNS: tl.constexpr, ONE_PICK: tl.constexpr, READ: tl.constexpr, EXCLUDE: tl.constexpr,
+         BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
          TMA: tl.constexpr, EVEN_D: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     # GROUP bands x all splits run side by side: their x stays in L2, and each tile of w is read once for GROUP bands
     bands = tl.cdiv(N, BM)
@@ -160,12 +164,12 @@ def fold(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, picks, 
         state, at = _fold_tile(
             state, at, x0, w0, x1, w1, stored, class_scale, given, bias, scale, scale_tensor, picks, picked, tensors, numbers, column_out,
             block, row0, t * BN, rows, class_base, N, C, K, D0, D1, x0_stride, w0_stride, x1_stride, w1_stride, stored_stride,
-            BEND, UPDATE, COLUMNS, HAS_COLUMNS, ONE_PICK, False, BM, BN, BK, TMA, EVEN_D, SCALED, PRECISION, UPCAST)  # fmt: skip
+            BEND, UPDATE, COLUMNS, HAS_COLUMNS, ONE_PICK, READ, EXCLUDE, False, BM, BN, BK, TMA, EVEN_D, SCALED, PRECISION, UPCAST)  # fmt: skip
     for t in range(whole, last):  # at most one tile, the ragged last
         state, at = _fold_tile(
             state, at, x0, w0, x1, w1, stored, class_scale, given, bias, scale, scale_tensor, picks, picked, tensors, numbers, column_out,
             block, row0, t * BN, rows, class_base, N, C, K, D0, D1, x0_stride, w0_stride, x1_stride, w1_stride, stored_stride,
-            BEND, UPDATE, COLUMNS, HAS_COLUMNS, ONE_PICK, True, BM, BN, BK, TMA, EVEN_D, SCALED, PRECISION, UPCAST)  # fmt: skip
+            BEND, UPDATE, COLUMNS, HAS_COLUMNS, ONE_PICK, READ, EXCLUDE, True, BM, BN, BK, TMA, EVEN_D, SCALED, PRECISION, UPCAST)  # fmt: skip
     STORE(state, row_out, split.to(tl.int64) * N, rows, N)
 
 
@@ -180,12 +184,14 @@ def merge(parts, out, n, count, LOAD: tl.constexpr, MERGE: tl.constexpr, STORE: 
 
 
 @triton.jit(do_not_specialize=["class_base", "N", "C", "K"])
-def gradient(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, picks, h, keep, tensors, out,
+def gradient(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, picks, keep, tensors, out,
              scale, boost, numbers, class_base, N, C, K, D0, D1, x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, out_stride,
-             BEND: tl.constexpr, GRADIENT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-             TMA: tl.constexpr, EVEN_D: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-             BOOSTED: tl.constexpr):  # fmt: skip
-    """out[i, j] = boost dL/dz_ij, one tile a program. picks: None where `add_picks` writes them afterwards."""
+             BEND: tl.constexpr, GRADIENT: tl.constexpr, ONE_PICK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+             GROUP: tl.constexpr, TMA: tl.constexpr, TMA_OUT: tl.constexpr, EVEN_D: tl.constexpr, SCALED: tl.constexpr,
+             PRECISION: tl.constexpr, UPCAST: tl.constexpr, BOOSTED: tl.constexpr):  # fmt: skip
+    """out[i, j] = boost dL/dz_ij but for the picks' own gradients, one tile a program.
+
+    picks: to be left out of the folds that exclude them; None where `add_picks` can write over them."""
     bands, tiles = tl.cdiv(N, BM), tl.cdiv(C, BN)
     group = tl.program_id(0) // (GROUP * tiles)
     width = tl.minimum(bands - group * GROUP, GROUP)
@@ -199,44 +205,108 @@ def gradient(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, pic
     s = BEND(z, tensors, numbers)
     live = (cols < C)[None, :]
     sx, livex = s, live
-    h_tile = tl.zeros((BM, BN), tl.float32)
     if picks is not None:
-        hit = cols[None, :] < tl.zeros_like(rows)[:, None]
-        at = _first_pick(picks, rows, N, K, class_base + class0)
-        next_pick = _pick(picks, rows, N, K, at, class_base)
-        inside = next_pick < class0 + BN
-        while tl.max(inside.to(tl.int32), axis=0) > 0:
-            here = (cols[None, :] == next_pick[:, None]) & inside[:, None]
-            hit = hit | here
-            h_tile += tl.where(here, tl.load(h + rows.to(tl.int64) * K + at, mask=inside, other=0.0)[:, None], 0.0)
-            at += inside.to(tl.int32)
+        if ONE_PICK:
+            at = tl.load(picks + rows, mask=rows < N, other=-1) - class_base
+            hit = cols[None, :] == at[:, None]
+        else:
+            hit = cols[None, :] < tl.zeros_like(rows)[:, None]
+            at = _first_pick(picks, rows, N, K, class_base + class0)
             next_pick = _pick(picks, rows, N, K, at, class_base)
             inside = next_pick < class0 + BN
+            while tl.max(inside.to(tl.int32), axis=0) > 0:
+                hit = hit | (cols[None, :] == next_pick[:, None]) & inside[:, None]
+                at += inside.to(tl.int32)
+                next_pick = _pick(picks, rows, N, K, at, class_base)
+                inside = next_pick < class0 + BN
         sx = tl.where(hit, float("-inf"), s)
         livex = live & (hit == 0)
-    g = GRADIENT(z, s, sx, live, livex, rows, cols, N, C, tensors, numbers, False, picks is not None, h_tile)
+    g = GRADIENT(z, s, sx, live, livex, rows, cols, N, C, tensors, numbers, False, picks is not None)
     if keep is not None:
         g = tl.where(tl.load(keep + rows, mask=rows < N, other=0)[:, None] != 0, g, 0.0)
     if BOOSTED:
         g *= boost
-    to = out + rows.to(tl.int64)[:, None] * out_stride + cols[None, :]
-    tl.store(to, g.to(out.dtype.element_ty), mask=(rows < N)[:, None] & live)
+    if TMA_OUT:
+        out.store([row0, class0], g.to(out.dtype))
+    else:
+        to = out + rows.to(tl.int64)[:, None] * out_stride + cols[None, :]
+        tl.store(to, g.to(out.dtype.element_ty), mask=(rows < N)[:, None] & live)
+
+
+@triton.jit
+def _raw_picks(x0, w0, x1, w1, stored, class_scale, given, bias, scale, scale_tensor, rows, pick, inside, C, D0, D1,
+               x0_stride, w0_stride, x1_stride, w1_stride, stored_stride,
+               BLOCK: tl.constexpr, BK: tl.constexpr, SCALED: tl.constexpr):  # fmt: skip
+    """z (BLOCK,) of rows at their picks: N K dot products."""
+    if stored is not None:
+        acc = tl.load(stored + rows * stored_stride + pick, mask=inside, other=0.0)
+    else:
+        acc = _row_dot(x0, w0, rows, pick, inside, D0, x0_stride, w0_stride, BLOCK, BK)
+        if x1 is not None:
+            acc += _row_dot(x1, w1, rows, pick, inside, D1, x1_stride, w1_stride, BLOCK, BK)
+    if class_scale is not None:
+        acc *= tl.load(class_scale + pick, mask=inside, other=0.0).to(tl.float32)
+    if given is not None:
+        acc += tl.load(given + rows * C + pick, mask=inside, other=0.0).to(tl.float32)
+    if bias is not None:
+        acc += tl.load(bias + pick, mask=inside, other=0.0).to(tl.float32)
+    if SCALED:
+        acc *= scale
+    if scale_tensor is not None:
+        acc *= tl.load(scale_tensor).to(tl.float32)
+    return acc
+
+
+@triton.jit
+def _row_dot(x, w, rows, pick, inside, D, x_stride, w_stride, BLOCK: tl.constexpr, BK: tl.constexpr):
+    total = tl.zeros((BLOCK, BK), tl.float32)
+    for k0 in range(0, D, BK):
+        k = k0 + tl.arange(0, BK)
+        there = inside[:, None] & (k < D)[None, :]
+        a = tl.load(x + rows[:, None] * x_stride + k[None, :], mask=there, other=0.0).to(tl.float32)
+        b = tl.load(w + pick.to(tl.int64)[:, None] * w_stride + k[None, :], mask=there, other=0.0).to(tl.float32)
+        total += a * b
+    return tl.sum(total, axis=1)
 
 
 @triton.jit(do_not_specialize=["class_base", "N", "C", "K"])
-def add_picks(out, picks, h, boost, class_base, N, C, K, out_stride, OVERWRITE: tl.constexpr, BLOCK: tl.constexpr):
-    """out[i, picks_ik - class_base] += boost h_ik, in order of k; with OVERWRITE what stood there goes first.
+def read_picks(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, picks, picked, tensors,
+               scale, numbers, class_base, N, C, K, D0, D1, x0_stride, w0_stride, x1_stride, w1_stride, stored_stride,
+               BEND: tl.constexpr, BLOCK: tl.constexpr, BK: tl.constexpr, SCALED: tl.constexpr):  # fmt: skip
+    """picked (N, K): the logits at those picks that are among the classes [class_base, class_base + C)."""
+    rows = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    for k in range(0, K):
+        pick = tl.load(picks + rows * K + k, mask=rows < N, other=-1) - class_base
+        inside = (pick >= 0) & (pick < C) & (rows < N)
+        z = _raw_picks(x0, w0, x1, w1, stored, class_scale, given, bias, scale, scale_tensor, rows, pick, inside, C, D0, D1,
+                       x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, BLOCK, BK, SCALED)  # fmt: skip
+        tl.store(picked + rows * K + k, BEND(z, tensors, numbers), mask=inside)
 
-    A thread owns its row, so equal picks add up in order. picks: (N, K), -1 for none; h: 0 where a row does not count."""
+
+@triton.jit(do_not_specialize=["class_base", "N", "C", "K"])
+def add_picks(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, picks, h, tensors, out,
+              scale, boost, numbers, class_base, N, C, K, D0, D1, x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, out_stride,
+              MAP_BACK: tl.constexpr, HAS_MAPS: tl.constexpr, OVERWRITE: tl.constexpr, BLOCK: tl.constexpr, BK: tl.constexpr,
+              SCALED: tl.constexpr):  # fmt: skip
+    """out[i, pick_ik] += boost h_ik (through the maps), in order of k; with OVERWRITE what stood there goes first.
+
+    h: (N, K), 0 where a row does not count. Barriers keep equal picks of a row in order whichever thread meets them."""
     rows = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     if OVERWRITE:
         for k in range(0, K):
             pick = tl.load(picks + rows * K + k, mask=rows < N, other=-1) - class_base
             inside = (pick >= 0) & (pick < C) & (rows < N)
             tl.store(out + rows * out_stride + pick, tl.zeros((BLOCK,), tl.float32).to(out.dtype.element_ty), mask=inside)
+        tl.debug_barrier()
     for k in range(0, K):
         pick = tl.load(picks + rows * K + k, mask=rows < N, other=-1) - class_base
         inside = (pick >= 0) & (pick < C) & (rows < N)
+        g = boost * tl.load(h + rows * K + k, mask=inside, other=0.0)
+        if HAS_MAPS:
+            z = _raw_picks(x0, w0, x1, w1, stored, class_scale, given, bias, scale, scale_tensor, rows, pick, inside, C, D0, D1,
+                           x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, BLOCK, BK, SCALED)  # fmt: skip
+            g = MAP_BACK(g, z, tensors, numbers)
         to = out + rows * out_stride + pick
-        g = tl.load(to, mask=inside, other=0.0).to(tl.float32) + boost * tl.load(h + rows * K + k, mask=inside, other=0.0)
+        g += tl.load(to, mask=inside, other=0.0).to(tl.float32)
         tl.store(to, g.to(out.dtype.element_ty), mask=inside)
+        tl.debug_barrier()

@@ -48,7 +48,8 @@ TABLE: dict[tuple[str, int], tuple[Config, Config]] = {
     ("interpreter", 4): (Config(32, 32, 16, 4, 1, False, 2), Config(32, 32, 16, 4, 1, False, 2)),
 }
 
-MERGE_BLOCK = 128  # states merged, and rows whose picks are added, by one program: one for each of its threads
+MERGE_BLOCK = 128  # states merged by one program: one for each of its threads
+ROWS = Config(32, 0, 64, 4, 2, False)  # rows of a program that reads or adds picks, features at a time
 
 
 def architecture(device: torch.device) -> str:
@@ -87,9 +88,9 @@ def split_classes(bands: int, tiles: int, group: int, device: torch.device) -> t
     return -(-tiles // each), each
 
 
-def operand(t: Tensor, rows: int, columns: int, config: Config) -> Any:
-    """A descriptor of t (R, D) for blocks of rows x columns, or t itself where a descriptor is not to be had."""
-    if not config.tma:
+def operand(t: Tensor, rows: int, columns: int, tma: bool) -> Any:
+    """A descriptor of t (R, D) for blocks of rows x columns, or t itself."""
+    if not tma:
         return t
     from triton.tools.tensor_descriptor import TensorDescriptor
 
