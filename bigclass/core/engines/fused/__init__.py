@@ -136,9 +136,11 @@ class Problem:
         tensors = [t for m in st.maps for t in m.tensors] + [_flat(t) for f in self.folds for t in f.tensors]
         return tensors, [v for m in st.maps for v in m.numbers] + [v for f in self.folds for v in f.numbers]
 
-    def _configs(self) -> tuple[launch.Config, launch.Config]:
-        dtype = torch.float32 if self.stored is not None or not self.pairs else self.pairs[0][0].dtype
-        return launch.configs(self.stream.device, dtype)
+    def _config(self, folds: Sequence[Fold], searched: bool) -> launch.Config:
+        """The tile for these folds. searched: must a tile look for several picks a row?"""
+        light = len(folds) == 1 and len(folds[0].differentiable) <= 2 and folds[0].axis == "rows" and not searched
+        dtype = torch.float32 if self.stored is not None else self.pairs[0][0].dtype
+        return launch.config(self.stream.device, dtype, heavy=not light)
 
     def fold(self, picked: Tensor | None) -> list[State]:
         """The states of the folds, each part (N,) or (C,). Picked logits are written to `picked` (N, K), in the picks' order.
@@ -146,14 +148,14 @@ class Problem:
         A pick must not exceed a log-sum-exp that counts it, so it is then read from the tile itself, with the rounding it has there.
         Where a fold leaves the picks out nobody can compare them, and reading them apart spares every tile the search.
         """
-        config, device = self._configs()[0], self.stream.device
+        exclude = self.k > 0 and any(f.exclude_picks for f in self.folds)
+        config, device = self._config(self.folds, self.k > 1 or (self.k > 0 and not exclude)), self.stream.device
         made = compose.composition(self.stream.maps, [compose.part_of(f) for f in self.folds])
         bands = -(-self.n // config.BM)
         splits, each = launch.split_classes(bands, -(-self.c // config.BN), config.group, device)
         rows, columns = self._states("rows", splits, self.n), self._states("columns", bands, self.c)
         pointers, numbers_of, constants, filler = self._shared(config)
         tensors, numbers = self._parameters()
-        exclude = self.k > 0 and any(f.exclude_picks for f in self.folds)
         if exclude:
             self._read_picks(made, picked)
         launch.start(
@@ -181,11 +183,11 @@ class Problem:
         out: Tensor, boost: float,
     ) -> None:  # fmt: skip
         """out (N, C) = boost dL/dz. states, grads: of each fold, flat vectors. h: (N, K) in the picks' order, 0 where a row does not count."""
-        config, device = self._configs()[1], self.stream.device
         active = [any(g is not None for g in parts) for parts in grads]
         excluded = [f.exclude_picks for f, there in zip(self.folds, active, strict=True) if there]
         # Where all folds leave the picks out, what the tile holds there is overwritten; where some do, they must look for them.
         mixed = self.k > 0 and any(excluded) and not all(excluded)
+        config, device = self._config([f for f, there in zip(self.folds, active, strict=True) if there], mixed and self.k > 1), self.stream.device
         made = compose.composition(self.stream.maps, [compose.part_of(f, there) for f, there in zip(self.folds, active, strict=True)])
         pointers, numbers_of, constants, filler = self._shared(config)
         tensors, numbers = self._parameters()
