@@ -202,7 +202,8 @@ def _is_small(input: Tensor, linear_weight: Tensor, target: Tensor, ignore_index
     return low >= 0 and high < linear_weight.shape[0] and not low <= (-100 if ignore_index is None else ignore_index) <= high
 
 
-# A row's loss above which torch's own cross-entropy keeps its digits: LSE - s_y is off by about |s| 2^-24, at |s| = 100 6e-5 of 0.1.
+# A loss above which torch's own cross-entropy keeps its digits: LSE - s_y is off by about |s| 2^-24, at |s| = 100 6e-5 of 0.1.
+# For a mean it is the mean that counts: beside rows that far off, what confident rows lose is as little.
 _DOUBTFUL = 0.1
 
 
@@ -212,14 +213,16 @@ def _small(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, tar
     None: a NaN or an infinity among confident rows, for the general road to treat."""
     s = F.linear(input, linear_weight, linear_bias).reshape(-1, linear_weight.shape[0])
     y = target.reshape(-1)
-    nll = F.cross_entropy(s, y, reduction="none")
-    if not float(nll.detach().min()) > _DOUBTFUL:
-        y = y.unsqueeze(1)
-        # the least finite number: a log-sum-exp over nothing but -inf has NaN for a gradient
-        rest = s.scatter(1, y, torch.finfo(s.dtype).min).logsumexp(1, keepdim=True)
-        nll = F.logsigmoid(s.gather(1, y) - rest).neg().squeeze(1)
-        if not math.isfinite(float(nll.detach().sum())):
-            return None
+    loss = F.cross_entropy(s, y, reduction=reduction)
+    level = float(loss.detach().min()) if reduction == "none" else float(loss.detach())
+    if level > (_DOUBTFUL * y.numel() if reduction == "sum" else _DOUBTFUL):
+        return loss.reshape(target.shape) if reduction == "none" else loss
+    y = y.unsqueeze(1)
+    # the least finite number: a log-sum-exp over nothing but -inf has NaN for a gradient
+    rest = s.scatter(1, y, torch.finfo(s.dtype).min).logsumexp(1, keepdim=True)
+    nll = F.logsigmoid(s.gather(1, y) - rest).neg()
+    if not math.isfinite(float(nll.detach().sum())):
+        return None
     if reduction == "none":
         return nll.reshape(target.shape)
     return nll.mean() if reduction == "mean" else nll.sum()

@@ -38,8 +38,8 @@ class Config:
 # (architecture, bytes of an operand's element) -> (light, heavy). Light: a lone fold of at most two numbers a row, whose registers leave room
 # for a large tile. Heavy: everything else (several folds, three-part states, columns, several picks a row).
 TABLE: dict[tuple[str, int], tuple[Config, Config]] = {
-    ("sm_80", 2): (Config(128, 128, 32, 8, 3, False), Config(128, 64, 32, 8, 3, False)),
-    ("sm_80", 4): (Config(64, 64, 32, 8, 3, False), Config(64, 64, 32, 8, 3, False)),
+    ("sm_80", 2): (Config(128, 128, 32, 8, 3, False), Config(64, 128, 32, 8, 3, False)),
+    ("sm_80", 4): (Config(64, 64, 32, 8, 3, False), Config(64, 32, 32, 8, 3, False)),
     ("sm_90", 2): (Config(128, 256, 64, 8, 3, True), Config(128, 128, 64, 8, 3, True)),
     ("sm_90", 4): (Config(128, 128, 32, 8, 3, True), Config(128, 64, 32, 8, 3, True)),
     ("sm_100", 2): (Config(128, 128, 64, 8, 3, True), Config(128, 128, 64, 8, 3, True)),
