@@ -227,8 +227,8 @@ class LogSumExp(Fold):
     def lift_triton(s):
         m = tl.max(s, axis=1)
         ref = tl.where(m == float("-inf"), 0.0, m)
-        # one multiply-add and one exp2 a logit; ref log2 e is rounded alike for a whole row, by less than an ulp of the logits
-        return m, tl.sum(tl.exp2(s * 1.4426950408889634 - (ref * 1.4426950408889634)[:, None]), axis=1)
+        # Not s log2 e - m log2 e, one multiply-add instead of two operations: it is off by ulps of s, not of s - m.
+        return m, tl.sum(tl.exp2((s - ref[:, None]) * 1.4426950408889634), axis=1)
 
     @triton_form
     def merge_triton(m, l, m2, l2):  # noqa: E741
@@ -239,7 +239,7 @@ class LogSumExp(Fold):
     @triton_form
     def gradient_triton(s, m, l, g):  # noqa: E741
         ref = tl.where(m == float("-inf"), 0.0, m)
-        return tl.exp2(s * 1.4426950408889634 - (ref * 1.4426950408889634)[:, None]) * g[:, None]
+        return tl.exp2((s - ref[:, None]) * 1.4426950408889634) * g[:, None]
 
 
 def log_sum_exp(state: State) -> Tensor:
@@ -307,7 +307,7 @@ class ShiftedMoment(Fold):
         m, top = tl.max(s, axis=1, return_indices=True)
         u = s - tl.where(m == float("-inf"), 0.0, m)[:, None]
         u = tl.where(u < -1e4, -1e4, u)  # keeps NaN, which tl.maximum would not
-        rest = tl.where(tl.arange(0, s.shape[1])[None, :] == top[:, None], 0.0, tl.exp2(u * 1.4426950408889634))
+        rest = tl.where(tl.arange(0, s.shape[1])[None, :] == top[:, None], 0.0, tl.exp2(u * 1.4426950408889634))  # pyright: ignore[reportAttributeAccessIssue]
         return m, tl.sum(rest, axis=1), tl.sum((u - 1.0) * rest, axis=1)
 
     @triton_form
@@ -434,7 +434,7 @@ class Total(SumFold):
 
     @triton_form
     def term_triton(s, c=1.0):
-        return s * c
+        return s * c  # pyright: ignore[reportOperatorIssue]
 
     @triton_form
     def slope_triton(s, c=1.0):

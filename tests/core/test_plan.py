@@ -57,6 +57,15 @@ def test_planning_is_undone_after_the_block_and_refuses_nonsense():
     assert bigclass.explain(2048, 32000, 512) == before
 
 
-def test_the_fused_engine_says_that_it_is_not_there_yet():
-    with pytest.raises(NotImplementedError, match="fused"):
-        bigclass.explain(10, 10, 10, engine="fused")
+def test_the_fused_engine_is_planned_for_gpus():
+    plan = bigclass.explain(8192, 128256, 4096, dtype=torch.bfloat16, device="cuda")
+    assert plan.engine == "fused" and plan.gradients == "forward"
+    assert plan.workspace <= 1 << 30
+    wide = bigclass.explain(8192, 128256, 4096, dtype=torch.float64, device="cuda")
+    assert wide.engine == "tiled" and "not the fused engine, for it has no float64" in str(wide)
+
+
+def test_the_fused_engine_says_why_it_cannot_run(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=r"engine: 'fused' cannot run this, for Triton has no kernels for device 'cpu'.*'tiled'"):
+        bigclass.explain(4096, 5000, 10, engine="fused")

@@ -67,7 +67,7 @@ LINEAR = {
     "scale elsewhere": (VALUE, ("logit_scale", "cpu", "meta"), {"logit_scale": torch.ones((), device=META)}),
     "engine unknown": (VALUE, ("engine", "'dense'", "'fast'"), {"engine": "fast"}),
     "engine None": (VALUE, ("engine", "'dense'", "None"), {"engine": None}),
-    "engine fused": ((NotImplementedError, RuntimeError), ("engine", "fused"), {"engine": "fused"}),
+    "engine fused": (VALUE, ("engine", "fused", "auto"), {"engine": "fused"}),
 }
 
 

@@ -7,13 +7,13 @@
                      chunk's statistics; the gradient kernel turns a slab of them into G; dw += G^T x, dx += G w         3 passes
 
 Memory: reduce: 4 bytes x states x N x splits. reduce_backward: a slab of G, and dx in fp32 (N x D) for half types. stream_loss: a chunk of
-logits, a slab of G and, for half types, dw in fp32. Each G is written by one program and each sum is made in one order: same bits every run.
+logits, a slab of G and, for half types, dw in fp32. One program writes each G and each sum is made in one order: same bits every run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -95,9 +95,11 @@ class Problem:
 
         st = self.stream
         stream = replace(st, bias=optional(st.bias), class_scale=optional(st.class_scale), given=optional(st.given, "grid"))
-        folds = tuple(
-            [replace(f, tensors=tuple([part(t, of_fold(f, a)) for t, a in zip(f.tensors, f.tensor_axes, strict=False)])) for f in self.folds]
-        )
+
+        def cut_fold(f: Fold) -> Fold:
+            return replace(f, tensors=tuple([part(t, of_fold(f, a)) for t, a in zip(f.tensors, f.tensor_axes, strict=False)]))
+
+        folds = tuple([cut_fold(f) for f in self.folds])
         return Problem(stream, folds, pairs, r.size, c.size, optional(self.picks, "rows"), self.class_base + c.start, stored)
 
     def _shared(self, config: launch.Config) -> tuple[list[Any], list[Any], dict[str, Any], Tensor]:
@@ -125,7 +127,7 @@ class Problem:
             "EVEN_D": all(d % config.BK == 0 for d in sizes),
             "SCALED": st.scale != 1.0,
             "PRECISION": launch.precision(dtype),
-            "UPCAST": interpreting() and dtype.itemsize == 2,
+            "INTERPRETED": interpreting(),
         }
         filler = next(t for t in (self.stored, *[t for pair in pairs for t in pair], st.given) if t is not None)
         return pointers, sizes + strides, constants, filler
@@ -133,7 +135,7 @@ class Problem:
     def _parameters(self) -> tuple[list[Tensor], list[float]]:
         """What maps and folds read, in the order of their composition."""
         st = self.stream
-        tensors = [t for m in st.maps for t in m.tensors] + [_flat(t) for f in self.folds for t in f.tensors]
+        tensors = [t for m in st.maps for t in m.tensors] + [t.contiguous() for f in self.folds for t in f.tensors]
         return tensors, [v for m in st.maps for v in m.numbers] + [v for f in self.folds for v in f.numbers]
 
     def _config(self, folds: Sequence[Fold], searched: bool) -> launch.Config:
@@ -182,12 +184,16 @@ class Problem:
         self, states: Sequence[State], grads: Sequence[Sequence[Tensor | None]], h: Tensor | None, keep: Tensor | None,
         out: Tensor, boost: float,
     ) -> None:  # fmt: skip
-        """out (N, C) = boost dL/dz. states, grads: of each fold, flat vectors. h: (N, K) in the picks' order, 0 where a row does not count."""
+        """out (N, C) = boost dL/dz.
+
+        states, grads: of each fold, flat vectors. h: (N, K) in the picks' order, 0 where a row does not count.
+        """
         active = [any(g is not None for g in parts) for parts in grads]
         excluded = [f.exclude_picks for f, there in zip(self.folds, active, strict=True) if there]
         # Where all folds leave the picks out, what the tile holds there is overwritten; where some do, they must look for them.
         mixed = self.k > 0 and any(excluded) and not all(excluded)
-        config, device = self._config([f for f, there in zip(self.folds, active, strict=True) if there], mixed and self.k > 1), self.stream.device
+        folds = [f for f, there in zip(self.folds, active, strict=True) if there]
+        config, device = self._config(folds, mixed and self.k > 1), self.stream.device
         made = compose.composition(self.stream.maps, [compose.part_of(f, there) for f, there in zip(self.folds, active, strict=True)])
         pointers, numbers_of, constants, filler = self._shared(config)
         tensors, numbers = self._parameters()
@@ -216,10 +222,10 @@ class Problem:
             kernels.add_picks,
             -(-self.n // launch.ROWS.BM),
             device,
-            [*pointers, self.picks, torch.zeros_like(self.picks, dtype=torch.float32) if h is None else h, _tuple(own, filler), out,
+            [*pointers, self.picks, out.new_zeros((self.n, self.k), dtype=torch.float32) if h is None else h, _tuple(own, filler), out,
              self.stream.scale, boost, _tuple(numbers, 0.0), self.class_base, self.n, self.c, self.k, *numbers_of, out.stride(0)],
             {"MAP_BACK": made.map_back, "HAS_MAPS": bool(self.stream.maps), "OVERWRITE": bool(excluded) and all(excluded),
-             "BLOCK": launch.ROWS.BM, "BK": launch.ROWS.BK, "SCALED": constants["SCALED"]},
+             "BLOCK": launch.ROWS.BM, "BK": launch.ROWS.BK, "SCALED": constants["SCALED"], "INTERPRETED": interpreting()},
             launch.ROWS,
         )  # fmt: skip
 
@@ -263,7 +269,7 @@ def reduce(
     stream: Stream, picks: Tensor | None, keep: Tensor | None, folds: Sequence[Fold], plan: Plan
 ) -> tuple[list[State], Tensor | None]:
     """The states of all folds, and the picked logits (N, K)."""
-    n, c = stream.shape
+    n = stream.shape[0]
     source = _Source(stream, picks, folds, None)
     picked = None if source.picks is None else stream.tensors[0].new_zeros(picks_shape(source.picks), dtype=torch.float32)
     states = source.fold(Span(0, n), picked, plan)
@@ -400,7 +406,8 @@ class _Source:
         if len(found) == 1:
             return found[0]
         made = compose.composition(self.stream.maps, [compose.part_of(f) for f in self.folds])
-        rows = [torch.stack(parts) for parts in zip(*[[t for f, s in zip(self.folds, one, strict=True) if f.axis == "rows" for t in s] for one in found])]
+        of_rows = [[t for f, state in zip(self.folds, one, strict=True) if f.axis == "rows" for t in state] for one in found]
+        rows = [torch.stack(parts) for parts in zip(*of_rows, strict=True)]
         taken = iter(merged(rows, made.load_rows, made.merge_rows, made.store))
         return [
             tuple([next(taken) for _ in f.differentiable])

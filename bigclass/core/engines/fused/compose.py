@@ -268,7 +268,7 @@ class _Text:
             index, size = ("cols", "C") if f.columns else ("rows", "N")
             vectors = []
             count = len(f.identity) + sum(f.cls.differentiable)
-            for k in range(count):
+            for _ in range(count):
                 lines.append(f"    v_{at} = tl.load(tensors[{at}] + {index}, mask={index} < {size}, other=0.0)")
                 vectors.append(f"v_{at}")
                 at += 1

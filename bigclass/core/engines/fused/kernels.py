@@ -14,6 +14,9 @@ Ragged ends: rows past N repeat the last row (or read zeros) and are never store
 features past D are zeros. Offsets into N x C and C x D are 64 bits wide.
 """
 
+# pyright: reportOperatorIssue=false, reportArgumentType=false
+# (the language of device functions has other types than Python's)
+
 import triton
 import triton.language as tl
 
@@ -34,13 +37,22 @@ def _block(source, row0, k0, stride, rows_total, D, BR: tl.constexpr, BK: tl.con
 
 
 @triton.jit
+def _rounded(g, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
+    """g in `dtype`, to nearest even. Triton's interpreter cuts bf16 off instead."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = g.to(tl.int32, bitcast=True)
+        g = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+    return g.to(dtype)
+
+
+@triton.jit
 def _product(acc, x, w, row0, class0, x_stride, w_stride, N, C, D, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr,
-             EVEN_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+             EVEN_D: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
     """acc (BM, BN) + x w^T."""
     for k0 in range(0, D, BK):
         a = _block(x, row0, k0, x_stride, N, D, BM, BK, TMA, EVEN_D)
         b = _block(w, class0, k0, w_stride, C, D, BN, BK, TMA, EVEN_D)
-        if UPCAST:  # Triton's interpreter multiplies the bits of bf16
+        if INTERPRETED:  # where bf16 blocks multiply as if their bits were integers
             a, b = a.to(tl.float32), b.to(tl.float32)
         acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
     return acc
@@ -50,16 +62,16 @@ def _product(acc, x, w, row0, class0, x_stride, w_stride, N, C, D, BM: tl.conste
 def _raw(x0, w0, x1, w1, stored, class_scale, given, bias, scale, scale_tensor, row0, class0, rows, cols, N, C, D0, D1,
          x0_stride, w0_stride, x1_stride, w1_stride, stored_stride,
          BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, EVEN_D: tl.constexpr, SCALED: tl.constexpr,
-         PRECISION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+         PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
     """z (BM, BN): the logits before the maps. stored: the products, if they lie in memory already."""
     inside = (rows < N)[:, None] & (cols < C)[None, :]
     if stored is not None:
         acc = tl.load(stored + rows.to(tl.int64)[:, None] * stored_stride + cols[None, :], mask=inside, other=0.0)
     else:
         acc = tl.zeros((BM, BN), tl.float32)
-        acc = _product(acc, x0, w0, row0, class0, x0_stride, w0_stride, N, C, D0, BM, BN, BK, TMA, EVEN_D, PRECISION, UPCAST)
+        acc = _product(acc, x0, w0, row0, class0, x0_stride, w0_stride, N, C, D0, BM, BN, BK, TMA, EVEN_D, PRECISION, INTERPRETED)
         if x1 is not None:
-            acc = _product(acc, x1, w1, row0, class0, x1_stride, w1_stride, N, C, D1, BM, BN, BK, TMA, EVEN_D, PRECISION, UPCAST)
+            acc = _product(acc, x1, w1, row0, class0, x1_stride, w1_stride, N, C, D1, BM, BN, BK, TMA, EVEN_D, PRECISION, INTERPRETED)
     if class_scale is not None:
         acc *= tl.load(class_scale + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
     if given is not None:
@@ -89,15 +101,18 @@ def _pick(picks, rows, N, K, at, class_base):
 
 
 @triton.jit
-def _fold_tile(state, at, x0, w0, x1, w1, stored, class_scale, given, bias, scale, scale_tensor, picks, picked, tensors, numbers, column_out,
+def _fold_tile(state, at, x0, w0, x1, w1, stored, class_scale, given, bias, scale, scale_tensor, picks, picked, tensors, numbers,
+column_out,
                block, row0, class0, rows, class_base, N, C, K, D0, D1, x0_stride, w0_stride, x1_stride, w1_stride, stored_stride,
                BEND: tl.constexpr, UPDATE: tl.constexpr, COLUMNS: tl.constexpr, HAS_COLUMNS: tl.constexpr, ONE_PICK: tl.constexpr,
-               READ: tl.constexpr, EXCLUDE: tl.constexpr, MASKED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, EVEN_D: tl.constexpr,
-               SCALED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+               READ: tl.constexpr, EXCLUDE: tl.constexpr, MASKED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+               TMA: tl.constexpr, EVEN_D: tl.constexpr,
+               SCALED: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
     """Fold one tile into the band's state. `at`: with one pick a row its class, else the number of picks passed."""
     cols = class0 + tl.arange(0, BN)
     z = _raw(x0, w0, x1, w1, stored, class_scale, given, bias, scale, scale_tensor, row0, class0, rows, cols, N, C, D0, D1,
-             x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, BM, BN, BK, TMA, EVEN_D, SCALED, PRECISION, UPCAST)  # fmt: skip
+             x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, BM, BN, BK, TMA, EVEN_D, SCALED, PRECISION,
+             INTERPRETED)  # fmt: skip
     s = BEND(z, tensors, numbers)
     live = (cols < C)[None, :]
     if HAS_COLUMNS:  # a column must not see the rows past N
@@ -139,7 +154,7 @@ def fold(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, picks, 
          BEND: tl.constexpr, START: tl.constexpr, UPDATE: tl.constexpr, STORE: tl.constexpr, COLUMNS: tl.constexpr,
          HAS_COLUMNS: tl.constexpr, ONE_PICK: tl.constexpr, READ: tl.constexpr, EXCLUDE: tl.constexpr,
          BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-         TMA: tl.constexpr, EVEN_D: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+         TMA: tl.constexpr, EVEN_D: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
     # GROUP bands x all splits run side by side: their x stays in L2, and each tile of w is read once for GROUP bands
     bands = tl.cdiv(N, BM)
     group = tl.program_id(0) // (GROUP * splits)
@@ -164,12 +179,14 @@ def fold(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, picks, 
         state, at = _fold_tile(
             state, at, x0, w0, x1, w1, stored, class_scale, given, bias, scale, scale_tensor, picks, picked, tensors, numbers, column_out,
             block, row0, t * BN, rows, class_base, N, C, K, D0, D1, x0_stride, w0_stride, x1_stride, w1_stride, stored_stride,
-            BEND, UPDATE, COLUMNS, HAS_COLUMNS, ONE_PICK, READ, EXCLUDE, False, BM, BN, BK, TMA, EVEN_D, SCALED, PRECISION, UPCAST)  # fmt: skip
+            BEND, UPDATE, COLUMNS, HAS_COLUMNS, ONE_PICK, READ, EXCLUDE, False, BM, BN, BK, TMA, EVEN_D, SCALED, PRECISION,
+            INTERPRETED)  # fmt: skip
     for t in range(whole, last):  # at most one tile, the ragged last
         state, at = _fold_tile(
             state, at, x0, w0, x1, w1, stored, class_scale, given, bias, scale, scale_tensor, picks, picked, tensors, numbers, column_out,
             block, row0, t * BN, rows, class_base, N, C, K, D0, D1, x0_stride, w0_stride, x1_stride, w1_stride, stored_stride,
-            BEND, UPDATE, COLUMNS, HAS_COLUMNS, ONE_PICK, READ, EXCLUDE, True, BM, BN, BK, TMA, EVEN_D, SCALED, PRECISION, UPCAST)  # fmt: skip
+            BEND, UPDATE, COLUMNS, HAS_COLUMNS, ONE_PICK, READ, EXCLUDE, True, BM, BN, BK, TMA, EVEN_D, SCALED, PRECISION,
+            INTERPRETED)  # fmt: skip
     STORE(state, row_out, split.to(tl.int64) * N, rows, N)
 
 
@@ -188,7 +205,7 @@ def gradient(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, pic
              scale, boost, numbers, class_base, N, C, K, D0, D1, x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, out_stride,
              BEND: tl.constexpr, GRADIENT: tl.constexpr, ONE_PICK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
              GROUP: tl.constexpr, TMA: tl.constexpr, TMA_OUT: tl.constexpr, EVEN_D: tl.constexpr, SCALED: tl.constexpr,
-             PRECISION: tl.constexpr, UPCAST: tl.constexpr, BOOSTED: tl.constexpr):  # fmt: skip
+             PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, BOOSTED: tl.constexpr):  # fmt: skip
     """out[i, j] = boost dL/dz_ij but for the picks' own gradients, one tile a program.
 
     picks: to be left out of the folds that exclude them; None where `add_picks` can write over them."""
@@ -201,7 +218,8 @@ def gradient(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, pic
     rows, cols = row0 + tl.arange(0, BM), class0 + tl.arange(0, BN)
 
     z = _raw(x0, w0, x1, w1, stored, class_scale, given, bias, scale, scale_tensor, row0, class0, rows, cols, N, C, D0, D1,
-             x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, BM, BN, BK, TMA, EVEN_D, SCALED, PRECISION, UPCAST)  # fmt: skip
+             x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, BM, BN, BK, TMA, EVEN_D, SCALED, PRECISION,
+             INTERPRETED)  # fmt: skip
     s = BEND(z, tensors, numbers)
     live = (cols < C)[None, :]
     sx, livex = s, live
@@ -227,10 +245,10 @@ def gradient(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, pic
     if BOOSTED:
         g *= boost
     if TMA_OUT:
-        out.store([row0, class0], g.to(out.dtype))
+        out.store([row0, class0], _rounded(g, out.dtype, INTERPRETED))
     else:
         to = out + rows.to(tl.int64)[:, None] * out_stride + cols[None, :]
-        tl.store(to, g.to(out.dtype.element_ty), mask=(rows < N)[:, None] & live)
+        tl.store(to, _rounded(g, out.dtype.element_ty, INTERPRETED), mask=(rows < N)[:, None] & live)
 
 
 @triton.jit
@@ -287,7 +305,7 @@ def read_picks(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, p
 def add_picks(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, picks, h, tensors, out,
               scale, boost, numbers, class_base, N, C, K, D0, D1, x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, out_stride,
               MAP_BACK: tl.constexpr, HAS_MAPS: tl.constexpr, OVERWRITE: tl.constexpr, BLOCK: tl.constexpr, BK: tl.constexpr,
-              SCALED: tl.constexpr):  # fmt: skip
+              SCALED: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
     """out[i, pick_ik] += boost h_ik (through the maps), in order of k; with OVERWRITE what stood there goes first.
 
     h: (N, K), 0 where a row does not count. Barriers keep equal picks of a row in order whichever thread meets them."""
@@ -308,5 +326,5 @@ def add_picks(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, pi
             g = MAP_BACK(g, z, tensors, numbers)
         to = out + rows * out_stride + pick
         g += tl.load(to, mask=inside, other=0.0).to(tl.float32)
-        tl.store(to, g.to(out.dtype.element_ty), mask=inside)
+        tl.store(to, _rounded(g, out.dtype.element_ty, INTERPRETED), mask=inside)
         tl.debug_barrier()

@@ -35,8 +35,8 @@ class Config:
     group: int = 16
 
 
-# (architecture, bytes of an operand's element) -> (light, heavy). Light: a lone fold of at most two numbers a row, whose registers leave room
-# for a large tile. Heavy: everything else (several folds, three-part states, columns, several picks a row).
+# (architecture, bytes of an operand's element) -> (light, heavy). Light: a lone fold of at most two numbers a row, whose registers leave
+# room for a large tile. Heavy: everything else (several folds, three-part states, columns, several picks a row).
 TABLE: dict[tuple[str, int], tuple[Config, Config]] = {
     ("sm_80", 2): (Config(128, 128, 32, 8, 3, False), Config(64, 128, 32, 8, 3, False)),
     ("sm_80", 4): (Config(64, 64, 32, 8, 3, False), Config(64, 32, 32, 8, 3, False)),
@@ -45,8 +45,8 @@ TABLE: dict[tuple[str, int], tuple[Config, Config]] = {
     ("sm_100", 2): (Config(128, 128, 64, 8, 3, True), Config(128, 128, 64, 8, 3, True)),
     ("sm_100", 4): (Config(64, 64, 32, 8, 3, True), Config(64, 64, 32, 8, 3, True)),
     # small, so that small tests have ragged ends in every direction
-    ("interpreter", 2): (Config(32, 32, 16, 4, 1, False, 2), Config(16, 32, 32, 4, 1, False, 2)),
-    ("interpreter", 4): (Config(32, 32, 16, 4, 1, False, 2), Config(16, 32, 32, 4, 1, False, 2)),
+    ("interpreter", 2): (Config(64, 64, 32, 4, 1, False, 2), Config(32, 64, 32, 4, 1, False, 2)),
+    ("interpreter", 4): (Config(64, 64, 32, 4, 1, False, 2), Config(32, 64, 32, 4, 1, False, 2)),
 }
 
 MERGE_BLOCK = 128  # states merged by one program: one for each of its threads
@@ -103,12 +103,20 @@ def describable(tensors: Sequence[Tensor]) -> bool:
     return all(t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 and t.stride(1) == 1 for t in tensors)
 
 
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """A kernel that was compiled instead of run. config: None for a kernel without a tile."""
+
+    kernel: Any
+    config: Config | None
+
+
 _target: str | None = None
-_compiled: list[Any] = []
+_compiled: list[Compiled] = []
 
 
 @contextlib.contextmanager
-def compiling_for(target: str) -> Iterator[list[Any]]:
+def compiling_for(target: str) -> Iterator[list[Compiled]]:
     """Compile for an architecture ("sm_90") instead of running; yields the list that collects the compiled kernels.
 
     Tensors may lie on the CPU and results mean nothing. Triton's active driver must name the same target."""
@@ -121,13 +129,15 @@ def compiling_for(target: str) -> Iterator[list[Any]]:
         _target = None
 
 
-def start(kernel: Any, programs: int, device: torch.device, arguments: Sequence[Any], constants: dict[str, Any], config: Config | None = None):
+def start(
+    kernel: Any, programs: int, device: torch.device, arguments: Sequence[Any], constants: dict[str, Any], config: Config | None = None
+):
     """Launch `programs` instances on the tensors' device, which need not be the current one."""
     options: dict[str, Any] = {} if config is None else {"num_warps": config.warps, "num_stages": config.stages}
     if not interpreting():
         options |= _fusion()
     if _target is not None:
-        _compiled.append(kernel.warmup(*arguments, **constants, **options, grid=(programs,)))
+        _compiled.append(Compiled(kernel.warmup(*arguments, **constants, **options, grid=(programs,)), config))
         return
     with _on(device):
         kernel[(programs,)](*arguments, **constants, **options)

@@ -1,0 +1,158 @@
+"""The numeric contract of cross-entropy on the fused engine, in Triton's interpreter (on a GPU: tests/gpu)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+import bigclass
+from tests.losses.test_contract import NAMES, SLACK, exact, ours, with_gradients
+from tests.support import KINDS, draw, error
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+ROADS = (("fused", "forward"), ("fused", "recompute"))
+every_road = pytest.mark.parametrize("road", ROADS, ids="-".join)
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+
+
+@every_road
+@every_dtype
+@settings(max_examples=8, phases=[Phase.generate])
+@given(
+    kind=st.sampled_from(KINDS),
+    n=st.integers(64, 100),
+    c=st.integers(257, 600),
+    d=st.integers(1, 100),
+    seed=st.integers(0, 2**31),
+    bias=st.booleans(),
+)
+def test_a_single_draw_is_as_exact_as_dense_and_gradients_survive_confident_rows(road, dtype, kind, n, c, d, seed, bias):
+    x, w, b, y = draw(kind, n, c, d, dtype, seed)
+    truth = exact(x, w, b if bias else b * 0, y)
+    leaves = (x, w, b) if bias else (x, w)
+    mine = with_gradients(ours(x, w, b if bias else None, y, road), leaves)
+    dense = with_gradients(F.cross_entropy(F.linear(x, w, b if bias else None), y), leaves)
+    for name, z, t, reference in zip(NAMES, mine, dense, truth, strict=False):
+        assert z.dtype == (dtype if name != "loss" else torch.float32)
+        if not bool(t.isfinite().all()):  # the dense form's fp16 logits overflowed
+            assert bool(z.isfinite().all()) == bool(reference.isfinite().all())
+            continue
+        limit = 1.1 * error(t, reference) + SLACK
+        assert error(z, reference) <= limit, f"{name}: {error(z, reference):.2e}, dense {error(t, reference):.2e}"
+        if kind == "onehot" and d >= 16 and dtype != torch.float16:
+            assert error(z, reference) <= (1e-4 if dtype == torch.float32 else 4e-3), name
+
+
+@every_road
+@every_dtype
+@pytest.mark.parametrize("kind", KINDS)
+def test_pooled_over_draws_no_output_and_no_gradient_is_less_exact_than_dense(road, dtype, kind):
+    pooled: dict[str, list[list[torch.Tensor]]] = {name: [[], [], []] for name in NAMES}
+    for seed in range(30):
+        x, w, b, y = draw(kind, 64, 300, 48, dtype, seed)
+        leaves = (x, w, b)
+        mine = with_gradients(ours(x, w, b, y, road), leaves)
+        dense = with_gradients(F.cross_entropy(F.linear(x, w, b), y), leaves)
+        for name, *zs in zip(NAMES, mine, dense, exact(x, w, b, y), strict=True):
+            for column, z in zip(pooled[name], zs, strict=True):
+                column.append(z.detach().double().flatten())
+    for name, (mine, dense, truth) in ((n, [torch.cat(p) for p in ps]) for n, ps in pooled.items()):
+        assert error(mine, truth) <= 1.1 * error(dense, truth), f"{name}: {error(mine, truth):.3e} against dense {error(dense, truth):.3e}"
+
+
+@every_road
+@pytest.mark.parametrize("options", [{"softcap": 20.0, "label_smoothing": 0.1}, {"z_loss": 1e-3}, {"reduction": "sum"}], ids=str)
+def test_options_give_what_the_tiled_engine_gives_and_the_same_bits_each_time(road, options):
+    x, w, b, y = draw("peaked", 70, 300, 40, torch.float32, 1)
+    y[3] = -100
+    runs = [with_gradients(ours(x, w, b, y, road, **options), (x, w, b)) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    other = with_gradients(ours(x, w, b, y, ("tiled", road[1]), **options), (x, w, b))
+    for a, t in zip(runs[0], other, strict=True):
+        assert error(a, t) < 2e-6
+
+
+@pytest.mark.parametrize("n", [1, 20])
+def test_no_pick_exceeds_its_own_log_sum_exp(n):
+    """Pitfall 12: picks that a fold counts are read from its own tile."""
+    for seed in range(6):
+        x, w, b, y = draw("onehot", n, 300, 32, torch.float32, seed)
+        lse, at = bigclass.linear_logsumexp(x, w, linear_bias=b, index=torch.stack((y, y.flip(0)), -1), engine="fused")
+        assert bool((at <= lse[:, None]).all())
+        lse, at = bigclass.linear_logsumexp(x, w, linear_bias=b, index=y, engine="fused")
+        assert bool((at <= lse).all())
+
+
+@every_road
+def test_frozen_operands_get_no_gradient_and_change_nothing(road):
+    """Pitfall 17."""
+    x, w, b, y = draw("flat", 70, 200, 20, torch.float32, 2)
+    whole = with_gradients(ours(x, w, b, y, road), (x, w, b))
+    for i in range(3):
+        leaves = [t.detach().requires_grad_(j == i) for j, t in enumerate((x, w, b))]
+        ours(*leaves, y, road).backward()
+        assert [t.grad is None for t in leaves] == [j != i for j in range(3)]
+        assert error(leaves[i].grad, whole[1 + i]) < 1e-6
+
+
+@every_road
+def test_ignored_rows_that_hold_nan_contribute_exactly_nothing(road):
+    """Pitfall 48."""
+    x, w, b, y = draw("peaked", 70, 200, 20, torch.float32, 3)
+    y[::7] = -100
+    clean = with_gradients(ours(x, w, b, y, road), (x, w, b))
+    poisoned = x.detach().clone()
+    poisoned[::7] = float("nan")
+    got = with_gradients(ours(poisoned.requires_grad_(), w, b, y, road), (poisoned, w, b))
+    assert torch.equal(got[0], clean[0]) and not bool(got[1][::7].any())
+    for g, t in zip(got[1:], clean[1:], strict=True):
+        assert error(g, t) < 1e-6
+
+
+@every_road
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+@pytest.mark.parametrize("where", ["features", "bias"])
+def test_nan_and_infinities_come_out_as_from_the_tiled_engine(road, value, where):
+    x, w, b, y = (t.detach() for t in draw("flat", 20, 90, 8, torch.float32, 4))
+    (x[5:6] if where == "features" else b[40:41]).fill_(value)
+    results = []
+    for r in (road, ("tiled", road[1])):
+        leaves = [t.clone().requires_grad_() for t in (x, w, b)]
+        results.append(with_gradients(ours(*leaves, y, r, reduction="sum"), leaves))
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got.isfinite(), want.isfinite()) and torch.equal(got.isnan(), want.isnan())
+        there = want.isfinite()
+        assert torch.allclose(got[there], want[there], rtol=1e-4, atol=1e-5)
+
+
+@every_road
+def test_autocast_casts_slabs_of_a_float32_weight(road):
+    """Operands in bf16, sums in fp32; the weight is never cast whole."""
+    x, w, b, y = draw("peaked", 40, 900, 24, torch.float32, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = with_gradients(ours(x, w, b, y, road), (x, w, b))
+    half = [t.detach().bfloat16().requires_grad_() for t in (x, w)]
+    want = exact(*half, b, y)
+    for g, t in zip(got, want, strict=True):
+        assert g.dtype == torch.float32 and error(g, t) < 6e-3
+
+
+@pytest.mark.parametrize(("n", "c", "d"), [(1, 1, 1), (0, 5, 3), (3, 1, 70), (65, 64, 32), (64, 65, 33), (2, 130, 31)])
+@every_road
+def test_shapes_on_and_off_every_block(road, n, c, d):
+    torch.manual_seed(0)
+    x, w, b, y = (
+        torch.randn(n, d, requires_grad=True),
+        torch.randn(c, d, requires_grad=True),
+        torch.randn(c, requires_grad=True),
+        torch.randint(c, (n,)),
+    )
+    got = with_gradients(ours(x, w, b, y, road, reduction="sum"), (x, w, b))
+    leaves = [t.detach().double().requires_grad_() for t in (x, w, b)]
+    want = with_gradients(ours(*leaves, y, ("dense", "auto"), reduction="sum"), leaves)
+    for g, t in zip(got, want, strict=True):
+        assert error(g, t) < 2e-5 or float((g - t).abs().max()) < 1e-6
