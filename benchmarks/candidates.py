@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import bigclass
+from bigclass.core.engines.support import device_reason
 
 from .data import Problem
 from .machine import GIB, free_memory
@@ -105,6 +106,15 @@ def candidates_for(shape: Shape, dtype: torch.dtype) -> list[Candidate]:
         ),
         _bigclass(
             "bigclass tiled, recompute", "tiled engine, logits made again for the gradients", "tiled", "recompute",
+            passes=("forward+backward",),
+        ),
+        _bigclass("bigclass fused", "fused engine: logits in registers", "fused", "auto", passes=("forward",)),
+        _bigclass(
+            "bigclass fused, in forward", "fused engine, gradients made in the forward", "fused", "forward",
+            passes=("forward+backward",),
+        ),
+        _bigclass(
+            "bigclass fused, recompute", "fused engine, logits made again for the gradients", "fused", "recompute",
             passes=("forward+backward",),
         ),
         _bigclass("bigclass dense", "dense engine", "dense", "auto"),
@@ -247,6 +257,10 @@ def _bigclass(name: str, what: str, engine: str, gradients: str, passes: tuple[P
     def make(problem: Problem, _: int | None) -> Loss:
         if engine == "dense":
             _need_memory(problem, 3 * problem.input.element_size())
+        if engine == "fused":
+            reason = device_reason(problem.input.device)
+            if reason is not None or problem.input.device.type == "cpu":  # in the interpreter it runs, but a time would mean nothing
+                raise Unavailable(reason or "needs a CUDA device")
 
         def loss(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
             value = bigclass.linear_cross_entropy(x, w, y, softcap=problem.shape.softcap, engine=engine)

@@ -6,6 +6,7 @@ import ctypes
 import importlib.metadata
 import os
 import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
             "multiprocessors": properties.multi_processor_count,
             "compute_capability": f"{properties.major}.{properties.minor}",
             "runtime": torch.version.cuda or torch.version.hip,
+            "driver": _driver(),
             "tf32": torch.backends.cuda.matmul.allow_tf32,
         }
     return machine
@@ -61,6 +63,15 @@ def hardware_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
     return f"{_cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def _driver() -> str | None:
+    """The GPU driver's version, None where nothing tells."""
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()[0].strip()
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return None
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -1,0 +1,252 @@
+"""The contract on a real GPU: every engine, plan and dtype, and what only a GPU can get wrong (syncs, graphs, streams, 32-bit offsets)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import bigclass
+from bigclass.core import LogSumExp, ShiftedMoment, Softcap, Stream, Total, entropy, log_sum_exp, reduce_logits
+from tests.support import KINDS, draw, error, exact_nll
+
+ROADS = (("tiled", "forward"), ("tiled", "recompute"), ("fused", "forward"), ("fused", "recompute"))
+every_road = pytest.mark.parametrize("road", ROADS, ids="-".join)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def problem(kind, n, c, d, dtype, seed=0):
+    x, w, b, y = draw(kind, n, c, d, dtype, seed)
+    return *(t.detach().cuda().requires_grad_() for t in (x, w, b)), y.cuda()
+
+
+def ours(x, w, b, y, road, **options):
+    with bigclass.planning(gradients=road[1]):
+        loss = bigclass.linear_cross_entropy(x, w, y, linear_bias=b, engine=road[0], **options)
+    leaves = [t for t in (x, w, b) if t is not None and t.requires_grad]
+    return [loss, *torch.autograd.grad(loss.sum(), leaves)]
+
+
+def exact(x, w, b, y):
+    leaves = [t.detach().double().requires_grad_() for t in (x, w, b)]
+    loss = exact_nll(F.linear(*leaves), y).mean()
+    return [loss, *torch.autograd.grad(loss, leaves)]
+
+
+def dense(x, w, b, y):
+    loss = F.cross_entropy(F.linear(x, w, b), y)
+    return [loss, *torch.autograd.grad(loss, (x, w, b))]
+
+
+@every_road
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(1000, 5003, 320), (257, 30000, 70), (512, 4096, 768)], ids=str)
+def test_no_output_and_no_gradient_is_less_exact_than_dense(road, dtype, kind, shape):
+    """Aligned and ragged: the last takes descriptors throughout, the second none (a row of 70 half floats is not 16 bytes wide)."""
+    pools = [[[], [], []] for _ in range(4)]
+    for seed in range(3):
+        p = problem(kind, *shape, dtype, seed)
+        for pool, *zs in zip(pools, ours(*p, road), dense(*p), exact(*p), strict=True):
+            for column, z in zip(pool, zs, strict=True):
+                column.append(z.detach().double().flatten())
+    for name, pool in zip(("loss", "dx", "dw", "db"), pools, strict=True):
+        mine, other, truth = (torch.cat(part) for part in pool)
+        assert error(mine, truth) <= 1.1 * error(other, truth) + 4 * 2.0**-24, (
+            f"{name}: {error(mine, truth):.2e}, dense {error(other, truth):.2e}"
+        )
+        if kind == "onehot" and dtype != torch.float16:
+            assert error(mine, truth) <= (1e-4 if dtype == torch.float32 else 4e-3), name
+
+
+@every_road
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"softcap": 20.0}, {"label_smoothing": 0.1}, {"softcap": 20.0, "label_smoothing": 0.1, "z_loss": 1e-3}, {"reduction": "none"}],
+    ids=str,
+)
+def test_options_agree_with_the_dense_engine(road, dtype, options):
+    x, w, b, y = problem("peaked", 300, 3001, 128, dtype)
+    y[::5] = -100
+    wide = [t.detach().double().requires_grad_() for t in (x, w, b)]
+    want = ours(*wide, y, ("dense", "auto"), **options)
+    for got, truth in zip(ours(x, w, b, y, road, **options), want, strict=True):
+        assert error(got, truth) < (1e-5 if dtype == torch.float32 else 8e-3)
+
+
+@pytest.mark.parametrize("engine", ["tiled", "fused"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_folds_columns_picks_and_pairs(engine, dtype):
+    torch.manual_seed(0)
+    n, c = 333, 2050
+    made = [(torch.randn(n, d) * d**-0.5, torch.randn(c, d)) for d in (96, 8)]
+    pairs = tuple((x.to("cuda", dtype).requires_grad_(), w.to("cuda", dtype).requires_grad_()) for x, w in made)
+    scale, bias = torch.rand(c, device="cuda") + 0.5, torch.randn(c, device="cuda")
+    picks = torch.randint(-1, c, (n, 40), device="cuda")
+    folds = (LogSumExp(exclude_picks=True), ShiftedMoment(), Total(), LogSumExp(axis="columns"))
+
+    def run(pairs, scale, bias, engine):
+        stream = Stream(pairs, bias=bias, class_scale=scale, scale=0.7, maps=(Softcap.at(5.0),))
+        states, picked = reduce_logits(stream, picks, folds, engine=engine)
+        outputs = [log_sum_exp(states[0]), entropy(states[1]), states[2][0] / c, log_sum_exp(states[3]), picked]
+        total = sum((t * torch.linspace(-1, 1, t.numel(), device="cuda", dtype=t.dtype).view_as(t)).sum() for t in outputs)
+        return [*outputs, *torch.autograd.grad(total, [t for pair in pairs for t in pair])]
+
+    want = run(
+        tuple((x.detach().double().requires_grad_(), w.detach().double().requires_grad_()) for x, w in pairs),
+        scale.double(),
+        bias.double(),
+        "dense",
+    )
+    for got, truth in zip(run(pairs, scale, bias, engine), want, strict=True):
+        assert error(got, truth) < (2e-5 if dtype == torch.float32 else 1e-2)
+
+
+@every_road
+def test_same_inputs_same_bits(road):
+    p = problem("peaked", 1000, 9001, 256, torch.bfloat16)
+    runs = [ours(*p, road, softcap=20.0) for _ in range(3)]
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+@every_road
+def test_ignored_rows_that_hold_nan_contribute_exactly_nothing(road):
+    x, w, b, y = problem("peaked", 300, 2000, 64, torch.bfloat16)
+    y[::7] = -100
+    clean = ours(x, w, b, y, road)
+    with torch.no_grad():
+        x[::7] = float("nan")
+    for got, want in zip(ours(x, w, b, y, road), clean, strict=True):
+        assert torch.equal(got, want)
+
+
+@every_road
+def test_nothing_waits_for_the_device(road):
+    p = problem("flat", 512, 8192, 256, torch.bfloat16)
+    ours(*p, road)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ours(*p, road)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@every_road
+def test_a_cuda_graph_replays_forward_and_backward(road):
+    x, w, b, y = problem("flat", 512, 8192, 256, torch.bfloat16)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            ours(x, w, b, y, road)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ours(x, w, b, y, road)
+    with torch.no_grad():
+        x.copy_(torch.randn_like(x))
+    graph.replay()
+    torch.cuda.synchronize()
+    for got, want in zip(captured, ours(x, w, b, y, road), strict=True):
+        assert torch.equal(got, want)
+
+
+@every_road
+def test_compiles_to_one_graph(road):
+    x, w, b, y = problem("flat", 300, 5000, 128, torch.bfloat16)
+
+    def loss(x, w, b):
+        return bigclass.linear_cross_entropy(x, w, y, linear_bias=b, engine=road[0])
+
+    with bigclass.planning(gradients=road[1]):
+        got = torch.autograd.grad(torch.compile(loss, fullgraph=True)(x, w, b), (x, w, b))
+    for a, t in zip(got, ours(x, w, b, y, road)[1:], strict=True):
+        assert error(a, t) < 1e-5
+
+
+@every_road
+def test_autocast_multiplies_in_half_precision(road):
+    x, w, b, y = problem("peaked", 300, 5000, 128, torch.float32)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        got = ours(x, w, b, y, road)
+    half = [t.detach().bfloat16() for t in (x, w)]
+    for a, t in zip(got, exact(*half, b, y), strict=True):
+        assert a.dtype == torch.float32 and error(a, t) < 8e-3
+
+
+@every_road
+def test_a_gpu_that_is_not_the_current_one(road):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    p = [t.detach().to("cuda:1") for t in problem("flat", 300, 2000, 64, torch.bfloat16)]
+    assert torch.cuda.current_device() == 0
+    ours(*(t.requires_grad_() for t in p[:3]), p[3], road)
+
+
+@every_road
+def test_another_stream(road):
+    p = problem("flat", 300, 5000, 128, torch.bfloat16)
+    want = ours(*p, road)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        got = ours(*p, road)
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("engine", ["tiled", "fused"])
+@pytest.mark.parametrize(("n", "c", "d"), [(40000, 60000, 64), (64, 5_000_000, 512)], ids=["N x C", "C x D"])
+def test_more_than_two_to_the_31_elements(engine, n, c, d):
+    """Pitfall 11: the last class is the right one, and its gradient arrives."""
+    if torch.cuda.mem_get_info()[0] < 40 << 30:
+        pytest.skip("needs 40 GiB of device memory")
+    x, w = torch.zeros(n, d, device="cuda", dtype=torch.bfloat16), torch.zeros(c, d, device="cuda", dtype=torch.bfloat16)
+    x[:, 0], w[-1, 0] = 1.0, 8.0
+    x.requires_grad_(), w.requires_grad_()
+    y = torch.full((n,), c - 1, device="cuda")
+    loss = bigclass.linear_cross_entropy(x, w, y, engine=engine, reduction="none")
+    rest = torch.tensor(float(c - 1), dtype=torch.float64)
+    assert torch.allclose(loss.double().cpu(), torch.log1p(rest * torch.exp(torch.tensor(-8.0, dtype=torch.float64))).expand(n), rtol=1e-5)
+    loss.mean().backward()
+    assert x.grad is not None and w.grad is not None
+    p = float(torch.exp(torch.tensor(8.0).double()) / (torch.exp(torch.tensor(8.0).double()) + rest))
+    assert abs(float(w.grad[-1, 0]) + (1 - p)) < 1e-2 and float(w.grad[0, 0]) >= 0
+
+
+def test_memory_stays_within_the_workspace():
+    n, c, d = 4096, 128256, 2048
+    x = torch.randn(n, d, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    w = (torch.randn(c, d, device="cuda", dtype=torch.bfloat16) * d**-0.5).requires_grad_()
+    y = torch.randint(c, (n,), device="cuda")
+    for gradients, limit in (("recompute", 1 << 30), ("forward", (1 << 30) + c * d * 4)):
+        for _ in range(2):
+            x.grad = w.grad = None
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            with bigclass.planning(gradients=gradients):
+                bigclass.linear_cross_entropy(x, w, y, engine="fused").backward()
+            extra = torch.cuda.max_memory_allocated() - before - x.nbytes - w.nbytes
+        assert extra <= limit, f"{gradients}: {extra / 2**20:.0f} MiB"
+    with torch.no_grad():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        bigclass.linear_cross_entropy(x, w, y, engine="fused")
+        assert torch.cuda.max_memory_allocated() - before <= 4 << 20
+
+
+@pytest.mark.parametrize("engine", ["tiled", "fused"])
+def test_a_class_out_of_range_is_an_assertion_on_the_device(engine):
+    import subprocess
+    import sys
+
+    code = (
+        "import torch, bigclass\n"
+        "x, w = torch.randn(64, 32, device='cuda'), torch.randn(50000, 32, device='cuda')\n"
+        "y = torch.full((64,), 50000, device='cuda')\n"
+        f"bigclass.linear_cross_entropy(x, w, y, engine={engine!r}); torch.cuda.synchronize()"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode != 0
