@@ -10,6 +10,7 @@ import torch
 
 import bigclass
 from bigclass import extras
+from bigclass.core.engines.support import device_reason
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -64,6 +65,8 @@ def machine_facts() -> dict[str, str]:
         facts[f"cuda:{index}"] = f"{device.name}, {device.total_memory / 2**30:.0f} GiB, compute capability {device.major}.{device.minor}"
     if torch.backends.mps.is_available():
         facts["mps"] = "available"
+    reason = device_reason(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    facts["fused engine"] = "ready" if reason is None else f"not here, for {reason}: GPUs of compute capability 8.0 or more, with Triton"
     for module in extras.EXTRA_OF:
         facts[module] = extras.version_of(module) or f"missing: {extras.install_hint(module)}"
     return facts

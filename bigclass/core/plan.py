@@ -361,4 +361,15 @@ def explain(
         buffers=tile_buffers(softcap is None and not label_smoothing, scalar, int(softcap is not None)),
         not_fused="it has no float64 products" if dtype == torch.float64 else device_reason(torch.device(device)),
     )
-    return make_plan(work, engine)
+    plan = make_plan(work, engine)
+    return plan if plan.engine != "fused" else replace(plan, why=(*plan.why, _register_tile(torch.device(device), dtype)))
+
+
+def _register_tile(device: torch.device, dtype: torch.dtype) -> str:
+    """The fused engine's own tile, in words. A GPU that is not here is taken for an H100."""
+    from bigclass.core.engines.fused import launch  # needs Triton, which is there if the engine was chosen
+
+    there = device.type != "cuda" or torch.cuda.is_available()
+    architecture = launch.architecture(device) if there else "sm_90"
+    light, heavy = (f"{t.BM} rows x {t.BN} classes, {t.warps} warps, {t.stages} stages" for t in launch.TABLE[architecture, dtype.itemsize])
+    return f"kernels for {architecture}{'' if there else ' (no GPU here)'}: {light}; with several folds {heavy}"
