@@ -431,8 +431,8 @@ class _Source:
     def _slab(self, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
         """The work buffer of G: rows of whole 16 bytes, for descriptors and vector loads."""
         stride = -(-cols // 8) * 8
-        halves = self.maker.pool.get("slab", rows, stride)
-        return halves.view(-1).view(dtype)[: rows * stride].view(rows, stride)[:, :cols]
+        words = self.maker.pool.get("slab", rows, stride * dtype.itemsize // self.maker.dtype.itemsize)
+        return words.view(dtype)[:, :cols]
 
 
 def _rowwise(t: Tensor) -> Tensor:
