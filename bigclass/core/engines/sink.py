@@ -104,14 +104,8 @@ class Sink:
 
         values: the logits along the maps; None: g is dL/dz already, in the operands' type (and then boosted)."""
         maker, st = self.maker, self.maker.stream
-        for i in range(len(st.maps) - 1, -1, -1) if values is not None else ():
-            assert values is not None
-            m, s = st.maps[i], values[i + 1]
-            z = values[i] if m.needs_input else None
-            if any(self.need_maps[i]):
-                for total, part in zip(self.dmaps[i], m.tensor_gradients(g, z, s, m.numbers, m.tensors), strict=True):
-                    total.add_(part)
-            g = m.backward(g, z, s, m.numbers, m.tensors)
+        if values is not None:
+            g = self._through_maps(g, values)
         if self.db is not None:
             part = g.sum(0, dtype=self.db.dtype)
             self.db[c.start : c.stop].add_(part if values is not None else part.div_(self.boost))
@@ -129,6 +123,18 @@ class Sink:
             if total is not None:
                 at = r.start - self._span.start
                 product(self._operand(g, w), w, total[at : at + r.size], beta=float(not first_classes), alpha=1.0 / self.boost)
+
+    def _through_maps(self, g: Tensor, values: list[Tensor]) -> Tensor:
+        """dL/dz from dL/ds, with the maps' own gradients taken on the way."""
+        maps = self.maker.stream.maps
+        for i in range(len(maps) - 1, -1, -1):
+            m, s = maps[i], values[i + 1]
+            z = values[i] if m.needs_input else None
+            if any(self.need_maps[i]):
+                for total, part in zip(self.dmaps[i], m.tensor_gradients(g, z, s, m.numbers, m.tensors), strict=True):
+                    total.add_(part)
+            g = m.backward(g, z, s, m.numbers, m.tensors)
+        return g
 
     def _operand(self, g: Tensor, like: Tensor) -> Tensor:
         """G in the dtype of the other operand. In fp16 the 1/N inside G would underflow, for the loss scaler's factor is not there yet."""
