@@ -43,6 +43,11 @@ def exact(x, w, b, y):
     bias=st.booleans(),
 )
 def test_a_single_draw_is_as_exact_as_dense_and_gradients_survive_confident_rows(road, dtype, kind, n, c, d, seed, bias):
+    check_draw(road, dtype, kind, n, c, d, seed, bias)
+
+
+def check_draw(road, dtype, kind, n, c, d, seed, bias):
+    """One draw: no output and no gradient less exact than dense, gradients of confident rows right."""
     x, w, b, y = draw(kind, n, c, d, dtype, seed)
     truth = exact(x, w, b if bias else b * 0, y)
     leaves = (x, w, b) if bias else (x, w)
@@ -50,6 +55,9 @@ def test_a_single_draw_is_as_exact_as_dense_and_gradients_survive_confident_rows
     dense = with_gradients(F.cross_entropy(F.linear(x, w, b if bias else None), y), leaves)
     for name, z, t, reference in zip(NAMES, mine, dense, truth, strict=False):
         assert z.dtype == (dtype if name != "loss" or dtype == torch.float64 else torch.float32)
+        if not bool(t.isfinite().all()):  # the dense form's fp16 logits overflowed
+            assert bool(z.isfinite().all()) == bool(reference.isfinite().all())
+            continue
         limit = 1e-12 if dtype == torch.float64 else 1.1 * error(t, reference) + SLACK
         assert error(z, reference) <= limit, f"{name}: {error(z, reference):.2e}, dense {error(t, reference):.2e}"
         if kind == "onehot" and d >= 16 and dtype in (torch.float32, torch.bfloat16):
@@ -60,9 +68,14 @@ def test_a_single_draw_is_as_exact_as_dense_and_gradients_survive_confident_rows
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_pooled_over_30_draws_no_output_and_no_gradient_is_less_exact_than_dense(road, dtype, kind):
+    check_pooled(road, dtype, kind, 96, 700, 48)
+
+
+def check_pooled(road, dtype, kind, n, c, d):
+    """Thirty draws pooled: the contract's 1.1 x dense, without slack."""
     pooled: dict[str, list[list[torch.Tensor]]] = {name: [[], [], []] for name in NAMES}
     for seed in range(30):
-        x, w, b, y = draw(kind, 96, 700, 48, dtype, seed)
+        x, w, b, y = draw(kind, n, c, d, dtype, seed)
         leaves = (x, w, b)
         mine = with_gradients(ours(x, w, b, y, road), leaves)
         dense = with_gradients(F.cross_entropy(F.linear(x, w, b), y), leaves)

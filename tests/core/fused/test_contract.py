@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import bigclass
-from tests.losses.test_contract import NAMES, SLACK, exact, ours, with_gradients
+from tests.losses.test_contract import check_draw, check_pooled, exact, ours, with_gradients
 from tests.support import KINDS, draw, error
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -31,37 +30,14 @@ every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, t
     bias=st.booleans(),
 )
 def test_a_single_draw_is_as_exact_as_dense_and_gradients_survive_confident_rows(road, dtype, kind, n, c, d, seed, bias):
-    x, w, b, y = draw(kind, n, c, d, dtype, seed)
-    truth = exact(x, w, b if bias else b * 0, y)
-    leaves = (x, w, b) if bias else (x, w)
-    mine = with_gradients(ours(x, w, b if bias else None, y, road), leaves)
-    dense = with_gradients(F.cross_entropy(F.linear(x, w, b if bias else None), y), leaves)
-    for name, z, t, reference in zip(NAMES, mine, dense, truth, strict=False):
-        assert z.dtype == (dtype if name != "loss" else torch.float32)
-        if not bool(t.isfinite().all()):  # the dense form's fp16 logits overflowed
-            assert bool(z.isfinite().all()) == bool(reference.isfinite().all())
-            continue
-        limit = 1.1 * error(t, reference) + SLACK
-        assert error(z, reference) <= limit, f"{name}: {error(z, reference):.2e}, dense {error(t, reference):.2e}"
-        if kind == "onehot" and d >= 16 and dtype != torch.float16:
-            assert error(z, reference) <= (1e-4 if dtype == torch.float32 else 4e-3), name
+    check_draw(road, dtype, kind, n, c, d, seed, bias)
 
 
 @every_road
 @every_dtype
 @pytest.mark.parametrize("kind", KINDS)
 def test_pooled_over_draws_no_output_and_no_gradient_is_less_exact_than_dense(road, dtype, kind):
-    pooled: dict[str, list[list[torch.Tensor]]] = {name: [[], [], []] for name in NAMES}
-    for seed in range(30):
-        x, w, b, y = draw(kind, 64, 300, 48, dtype, seed)
-        leaves = (x, w, b)
-        mine = with_gradients(ours(x, w, b, y, road), leaves)
-        dense = with_gradients(F.cross_entropy(F.linear(x, w, b), y), leaves)
-        for name, *zs in zip(NAMES, mine, dense, exact(x, w, b, y), strict=True):
-            for column, z in zip(pooled[name], zs, strict=True):
-                column.append(z.detach().double().flatten())
-    for name, (mine, dense, truth) in ((n, [torch.cat(p) for p in ps]) for n, ps in pooled.items()):
-        assert error(mine, truth) <= 1.1 * error(dense, truth), f"{name}: {error(mine, truth):.3e} against dense {error(dense, truth):.3e}"
+    check_pooled(road, dtype, kind, 64, 300, 48)
 
 
 @every_road

@@ -142,7 +142,8 @@ class Problem:
         """The tile for these folds. searched: must a tile look for several picks a row?"""
         light = len(folds) == 1 and len(folds[0].differentiable) <= 2 and folds[0].axis == "rows" and not searched
         dtype = torch.float32 if self.stored is not None else self.pairs[0][0].dtype
-        return launch.config(self.stream.device, dtype, heavy=not light)
+        described = self.stored is not None or launch.describable([t for pair in self.pairs for t in pair])
+        return launch.config(self.stream.device, dtype, heavy=not light, described=described)
 
     def fold(self, picked: Tensor | None) -> list[State]:
         """The states of the folds, each part (N,) or (C,). Picked logits are written to `picked` (N, K), in the picks' order.
