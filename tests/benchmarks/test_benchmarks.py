@@ -94,7 +94,9 @@ def test_a_wrong_candidate_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bigclass, "linear_cross_entropy", lambda *args, **kwargs: right(*args, **kwargs) * 1.01)
     case = measured(LOSS, "flat")
     assert {candidate.name for candidate in case.candidates if case.is_wrong(candidate.name)} == {
-        candidate.name for candidate in case.candidates if candidate.role == "bigclass" and "fused" not in candidate.name  # needs a GPU
+        candidate.name
+        for candidate in case.candidates
+        if candidate.role == "bigclass" and "fused" not in candidate.name  # needs a GPU
     }
 
 
