@@ -7,7 +7,7 @@ does not know a request (madvise's MADV_POPULATE_WRITE is of Linux 5.14) it is a
 
 The largest work buffer of a call is kept for the next one (`borrow`, `give_back`), its pages marked free (MADV_FREE, Linux 4.5): the kernel
 takes them when memory runs short, and as long as it does not, the next call finds them without a fault. A process holds at
-most one such buffer, no larger than the workspace (plan.py); elsewhere than on Linux it holds none.
+most one such buffer, of at most 128 MiB; elsewhere than on Linux it holds none.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 _SMALLEST = 4 << 20  # bytes below which a tensor is not worth the calls
+_LARGEST = 128 << 20  # bytes above which a buffer is not kept
 _PAGE = 4096
 _MADV_FREE, _MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 8, 14, 23
 
 _shelf: list[Tensor] = []  # at most one buffer
-_lock = threading.Lock()
+_lock = threading.RLock()  # a collection inside `borrow` may free a pool, which gives back
 
 
 @lru_cache(maxsize=1)
@@ -48,7 +49,7 @@ def _advise(t: Tensor, *requests: int) -> bool:
 
 
 def _counts(like: Tensor, size: int) -> bool:
-    return like.device.type == "cpu" and size >= _SMALLEST and type(like) is Tensor
+    return like.device.type == "cpu" and size >= _SMALLEST and type(like) in (Tensor, torch.nn.Parameter)
 
 
 def fresh(like: Tensor, shape: torch.Size | int, dtype: torch.dtype) -> Tensor:
@@ -72,7 +73,8 @@ def borrow(like: Tensor, count: int, dtype: torch.dtype) -> Tensor:
 
 def give_back(t: Tensor) -> None:
     """End of a loan: nothing may read t, or a view of it, any more. The larger of t and what is kept already stays."""
-    if not _counts(t, t.numel() * t.element_size()) or not _advise(t, _MADV_FREE):
+    size = t.numel() * t.element_size()
+    if not _counts(t, size) or size % 8 or size > _LARGEST or not _advise(t, _MADV_FREE):
         return
     t = t.view(torch.uint8)
     with _lock:

@@ -23,7 +23,7 @@ from bigclass.core.engines.fused import compose, kernels, launch
 from bigclass.core.engines.sink import Sink
 from bigclass.core.engines.support import interpreting
 from bigclass.core.engines.tiles import Rows, Span, TileMaker, product, spans
-from bigclass.core.folds import Fold, State
+from bigclass.core.folds import Fold, State, SumFold
 from bigclass.core.plan import Plan
 from bigclass.core.stream import Stream
 
@@ -41,7 +41,7 @@ class Picks:
             return None
         if picks.shape[1] < 2:
             return cls(picks.to(torch.int32).contiguous(), None)
-        ordered, order = picks.sort(1)
+        ordered, order = picks.contiguous().sort(1)
         return cls(ordered.to(torch.int32), order)
 
     def back(self, t: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ class Problem:
             "TMA": tma,
             "EVEN_D": all(d % config.BK == 0 for d in sizes),
             "SCALED": st.scale != 1.0,
-            "PRECISION": launch.precision(dtype),
+            "PRECISION": launch.precision(dtype) if pairs else "ieee",
             "INTERPRETED": interpreting(),
         }
         filler = next(t for t in (self.stored, *[t for pair in pairs for t in pair], st.given) if t is not None)
@@ -139,7 +139,7 @@ class Problem:
         return tensors, [v for m in st.maps for v in m.numbers] + [v for f in self.folds for v in f.numbers]
 
     def _config(self, folds: Sequence[Fold], searched: bool) -> launch.Config:
-        """The tile for these folds. searched: must a tile look for several picks a row?"""
+        """The tile for these folds. searched: must a tile look for its picks, beyond leaving one a row out?"""
         light = len(folds) == 1 and len(folds[0].differentiable) <= 2 and folds[0].axis == "rows" and not searched
         dtype = torch.float32 if self.stored is not None else self.pairs[0][0].dtype
         described = self.stored is not None or launch.describable([t for pair in self.pairs for t in pair])
@@ -149,26 +149,27 @@ class Problem:
         """The states of the folds, each part (N,) or (C,). Picked logits are written to `picked` (N, K), in the picks' order.
 
         A pick must not exceed a log-sum-exp that counts it, so it is then read from the tile itself, with the rounding it has there.
-        Where a fold leaves the picks out nobody can compare them, and reading them apart spares every tile the search.
+        Where all folds (sums aside) leave the picks out there is nothing to compare, and reading them apart spares every tile the work.
         """
         exclude = self.k > 0 and any(f.exclude_picks for f in self.folds)
-        config, device = self._config(self.folds, self.k > 1 or (self.k > 0 and not exclude)), self.stream.device
+        read = self.k > 0 and not all(f.exclude_picks or isinstance(f, SumFold) for f in self.folds)
+        config, device = self._config(self.folds, self.k > 1 or read), self.stream.device
         made = compose.composition(self.stream.maps, [compose.part_of(f) for f in self.folds])
         bands = -(-self.n // config.BM)
         splits, each = launch.split_classes(bands, -(-self.c // config.BN), config.group, device)
         rows, columns = self._states("rows", splits, self.n), self._states("columns", bands, self.c)
         pointers, numbers_of, constants, filler = self._shared(config)
         tensors, numbers = self._parameters()
-        if exclude:
+        if self.k > 0 and not read:
             self._read_picks(made, picked)
         launch.start(
             kernels.fold,
             bands * splits,
             device,
-            [*pointers, self.picks if self.k else None, picked, _tuple(tensors, filler), _tuple(rows, filler), _tuple(columns, filler),
+            [*pointers, self.picks if exclude or read else None, picked, _tuple(tensors, filler), _tuple(rows, filler), _tuple(columns, filler),
              self.stream.scale, _tuple(numbers, 0.0), self.class_base, self.n, self.c, self.k, *numbers_of, each, splits],
             constants | {"BEND": made.bend, "START": made.start, "UPDATE": made.update, "STORE": made.store, "COLUMNS": made.columns,
-                         "HAS_COLUMNS": bool(columns), "ONE_PICK": self.k == 1, "READ": self.k > 0 and not exclude, "EXCLUDE": exclude},
+                         "HAS_COLUMNS": bool(columns), "ONE_PICK": self.k == 1, "READ": read, "EXCLUDE": exclude},
             config,
         )  # fmt: skip
         rows = merged(rows, made.load_rows, made.merge_rows, made.store)
@@ -191,10 +192,13 @@ class Problem:
         """
         active = [any(g is not None for g in parts) for parts in grads]
         excluded = [f.exclude_picks for f, there in zip(self.folds, active, strict=True) if there]
-        # Where all folds leave the picks out, what the tile holds there is overwritten; where some do, they must look for them.
-        mixed = self.k > 0 and any(excluded) and not all(excluded)
+        # At the picks the tile is written over, from fp32 and once: with h alone where all folds leave them out, else with what the folds
+        # that count them gave there, which the tile then notes apart.
+        noted = self.k > 0 and not all(excluded)
+        searched = self.picks if noted else None
+        base = out.new_empty((self.n, self.k), dtype=torch.float32) if noted else None
         folds = [f for f, there in zip(self.folds, active, strict=True) if there]
-        config, device = self._config(folds, mixed and self.k > 1), self.stream.device
+        config, device = self._config(folds, noted), self.stream.device
         made = compose.composition(self.stream.maps, [compose.part_of(f, there) for f, there in zip(self.folds, active, strict=True)])
         pointers, numbers_of, constants, filler = self._shared(config)
         tensors, numbers = self._parameters()
@@ -209,23 +213,23 @@ class Problem:
             kernels.gradient,
             -(-self.n // config.BM) * -(-self.c // config.BN),
             device,
-            [*pointers, self.picks if mixed else None, keep, _tuple(tensors, filler),
+            [*pointers, searched, base, keep, _tuple(tensors, filler),
              launch.operand(out, config.BM, config.BN, tma_out), self.stream.scale, boost, _tuple(numbers, 0.0),
              self.class_base, self.n, self.c, self.k, *numbers_of, out.stride(0)],
-            constants | {"BEND": made.bend, "GRADIENT": made.gradient, "ONE_PICK": self.k == 1, "BOOSTED": boost != 1.0,
+            constants | {"BEND": made.bend, "GRADIENT": made.gradient, "ONE_PICK": self.k == 1, "EXCLUDE": noted and any(excluded), "BOOSTED": boost != 1.0,
                          "TMA_OUT": tma_out},
             config,
         )  # fmt: skip
-        if self.k == 0 or (h is None and not any(excluded)):
+        if self.k == 0:
             return
         pointers, numbers_of, constants, filler = self._shared(launch.ROWS)
         launch.start(
             kernels.add_picks,
             -(-self.n // launch.ROWS.BM),
             device,
-            [*pointers, self.picks, out.new_zeros((self.n, self.k), dtype=torch.float32) if h is None else h, _tuple(own, filler), out,
+            [*pointers, self.picks, out.new_zeros((self.n, self.k), dtype=torch.float32) if h is None else h, base, _tuple(own, filler), out,
              self.stream.scale, boost, _tuple(numbers, 0.0), self.class_base, self.n, self.c, self.k, *numbers_of, out.stride(0)],
-            {"MAP_BACK": made.map_back, "HAS_MAPS": bool(self.stream.maps), "OVERWRITE": bool(excluded) and all(excluded),
+            {"MAP_BACK": made.map_back, "HAS_MAPS": bool(self.stream.maps),
              "BLOCK": launch.ROWS.BM, "BK": launch.ROWS.BK, "SCALED": constants["SCALED"], "INTERPRETED": interpreting()},
             launch.ROWS,
         )  # fmt: skip
@@ -271,7 +275,7 @@ def reduce(
 ) -> tuple[list[State], Tensor | None]:
     """The states of all folds, and the picked logits (N, K)."""
     n = stream.shape[0]
-    source = _Source(stream, picks, folds, None)
+    source = _Source(stream, picks, folds, keep)
     picked = None if source.picks is None else stream.tensors[0].new_zeros(picks_shape(source.picks), dtype=torch.float32)
     states = source.fold(Span(0, n), picked, plan)
     shaped = [tuple([t.unsqueeze(-1) for t in state]) for state in states]
@@ -330,9 +334,13 @@ def stream_loss(
                 product(x, w.t(), stored[:, c.start : c.stop], beta=float(p > 0))
         chosen = source.picks
         picked = None if chosen is None else like.new_zeros((r.size, picks_shape(chosen)[1]))
-        states = [tuple([t.unsqueeze(-1) for t in state]) for state in source.problem(r, Span(0, maker.c), (), stored).fold(picked)]
+        mask = maker.rows.mask(r)
+        states = [
+            tuple([t.unsqueeze(-1) if mask is None else torch.where(mask, t, 0.0).unsqueeze(-1) for t in state])
+            for state in source.problem(r, Span(0, maker.c), (), stored).fold(picked)
+        ]
         back = None if picked is None or chosen is None else chosen.rows(r).back(picked)
-        total, grads, h, for_args = row_loss(states, back, [maker.rows.take(a, r) for a in args], maker.rows.mask(r))
+        total, grads, h, for_args = row_loss(states, back, [maker.rows.take(a, r) for a in args], mask)
         loss = loss + total
         for out, part in zip([d for d in dargs if d is not None], for_args, strict=True):
             maker.rows.put(out, r, part)
@@ -378,8 +386,12 @@ class _Source:
 
     def __init__(self, stream: Stream, picks: Tensor | None, folds: Sequence[Fold], keep: Tensor | None) -> None:
         n, self.c = stream.shape
-        self.stream, self.folds = stream, tuple(folds)
+        # the kernels read class vectors and given logits side by side
+        self.stream = replace(stream, bias=_flat(stream.bias), class_scale=_flat(stream.class_scale), given=_flat(stream.given))
+        self.folds = tuple(folds)
         self.maker = TileMaker(stream, None, Rows(n, keep, compact=False))
+        if picks is not None and keep is not None:  # an ignored row has no picks: what its logits hold must reach nothing
+            picks = torch.where(keep.unsqueeze(-1), picks, -1)
         self.picks = Picks.of(picks)
         self.dtypes = [stream.compute_dtype or torch.promote_types(x.dtype, w.dtype) for x, w in stream.pairs]
         self.whole = Problem(stream, self.folds, (), n, self.c, None if self.picks is None else self.picks.sorted)
@@ -396,12 +408,12 @@ class _Source:
         return self.whole.cut(r, c, tuple(zip(xs, ws, strict=True)))
 
     def fold(self, r: Span, picked: Tensor | None, plan: Plan) -> list[State]:
-        """The folds over all classes: at once, or, where w must be cast, a slab at a time."""
+        """The folds over all classes: at once, or, where w must be cast or laid out anew, a slab at a time."""
         if r.size == 0:
             like = self.maker.pool.get("empty", 0, 0)
             return [tuple([t.view(-1) for t in f.identity(0 if f.axis == "rows" else self.c, like)]) for f in self.folds]
         xs = self.features(r)
-        cast = any(w.dtype != dtype for (_, w), dtype in zip(self.stream.pairs, self.dtypes, strict=True))
+        cast = any(w.dtype != dtype or w.stride(1) != 1 for (_, w), dtype in zip(self.stream.pairs, self.dtypes, strict=True))
         slabs = spans(self.c, plan.class_block) if cast else [Span(0, self.c)]
         found = [self.problem(r, c, xs, None).fold(picked) for c in slabs]
         if len(found) == 1:

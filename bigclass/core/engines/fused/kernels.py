@@ -4,7 +4,7 @@
               registers over the band; states of the column folds and the picked logits are written as tiles meet them
     merge     states of the class splits (of the row blocks, for column folds) to one
     gradient  one tile a program: acc again (or read, where the forward stored it), G = dL/dz, written in the operands' type
-    read_picks, add_picks   N K dot products: the picked logits; G[i, pick_ik] += h_ik (= h_ik where every fold leaves the picks out)
+    read_picks, add_picks   N K dot products: the picked logits; G[i, pick_ik] = what the folds gave there + h_ik
 
 Flops: fold and gradient 2NCD each. Bytes: fold reads w once for each group of 16 bands and x once for each class split (from L2 while 16
 bands of x fit), writes 4 x states x N x splits; gradient reads the same and writes the operand size x N x C. Floor: the GEMM's time.
@@ -201,14 +201,14 @@ def merge(parts, out, n, count, LOAD: tl.constexpr, MERGE: tl.constexpr, STORE: 
 
 
 @triton.jit(do_not_specialize=["class_base", "N", "C", "K"])
-def gradient(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, picks, keep, tensors, out,
+def gradient(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, picks, base, keep, tensors, out,
              scale, boost, numbers, class_base, N, C, K, D0, D1, x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, out_stride,
-             BEND: tl.constexpr, GRADIENT: tl.constexpr, ONE_PICK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+             BEND: tl.constexpr, GRADIENT: tl.constexpr, ONE_PICK: tl.constexpr, EXCLUDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
              GROUP: tl.constexpr, TMA: tl.constexpr, TMA_OUT: tl.constexpr, EVEN_D: tl.constexpr, SCALED: tl.constexpr,
              PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, BOOSTED: tl.constexpr):  # fmt: skip
     """out[i, j] = boost dL/dz_ij but for the picks' own gradients, one tile a program.
 
-    picks: to be left out of the folds that exclude them; None where `add_picks` can write over them."""
+    picks: None where no fold counts them (`add_picks` writes over them); else those folds' gradient at the picks goes to base (N, K)."""
     bands, tiles = tl.cdiv(N, BM), tl.cdiv(C, BN)
     group = tl.program_id(0) // (GROUP * tiles)
     width = tl.minimum(bands - group * GROUP, GROUP)
@@ -223,10 +223,9 @@ def gradient(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, pic
     s = BEND(z, tensors, numbers)
     live = (cols < C)[None, :]
     sx, livex = s, live
-    if picks is not None:
+    if EXCLUDE:
         if ONE_PICK:
-            at = tl.load(picks + rows, mask=rows < N, other=-1) - class_base
-            hit = cols[None, :] == at[:, None]
+            hit = cols[None, :] == (tl.load(picks + rows, mask=rows < N, other=-1) - class_base)[:, None]
         else:
             hit = cols[None, :] < tl.zeros_like(rows)[:, None]
             at = _first_pick(picks, rows, N, K, class_base + class0)
@@ -239,11 +238,26 @@ def gradient(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, pic
                 inside = next_pick < class0 + BN
         sx = tl.where(hit, float("-inf"), s)
         livex = live & (hit == 0)
-    g = GRADIENT(z, s, sx, live, livex, rows, cols, N, C, tensors, numbers, False, picks is not None)
+    g = GRADIENT(z, s, sx, live, livex, rows, cols, N, C, tensors, numbers, False, EXCLUDE)
     if keep is not None:
         g = tl.where(tl.load(keep + rows, mask=rows < N, other=0)[:, None] != 0, g, 0.0)
     if BOOSTED:
         g *= boost
+    if picks is not None:
+        if ONE_PICK:
+            pick = tl.load(picks + rows, mask=rows < N, other=-1) - class_base
+            there = (pick >= class0) & (pick < class0 + BN) & (rows < N)
+            tl.store(base + rows, tl.sum(tl.where(cols[None, :] == pick[:, None], g, 0.0), axis=1), mask=there)
+        else:
+            place_of = _first_pick(picks, rows, N, K, class_base + class0)
+            coming = _pick(picks, rows, N, K, place_of, class_base)
+            there = coming < class0 + BN
+            while tl.max(there.to(tl.int32), axis=0) > 0:
+                here = (cols[None, :] == coming[:, None]) & there[:, None]
+                tl.store(base + rows.to(tl.int64) * K + place_of, tl.sum(tl.where(here, g, 0.0), axis=1), mask=there)
+                place_of += there.to(tl.int32)
+                coming = _pick(picks, rows, N, K, place_of, class_base)
+                there = coming < class0 + BN
     if TMA_OUT:
         out.store([row0, class0], _rounded(g, out.dtype, INTERPRETED))
     else:
@@ -302,29 +316,26 @@ def read_picks(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, p
 
 
 @triton.jit(do_not_specialize=["class_base", "N", "C", "K"])
-def add_picks(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, picks, h, tensors, out,
+def add_picks(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, picks, h, base, tensors, out,
               scale, boost, numbers, class_base, N, C, K, D0, D1, x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, out_stride,
-              MAP_BACK: tl.constexpr, HAS_MAPS: tl.constexpr, OVERWRITE: tl.constexpr, BLOCK: tl.constexpr, BK: tl.constexpr,
-              SCALED: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
-    """out[i, pick_ik] += boost h_ik (through the maps), in order of k; with OVERWRITE what stood there goes first.
+              MAP_BACK: tl.constexpr, HAS_MAPS: tl.constexpr, BLOCK: tl.constexpr, BK: tl.constexpr, SCALED: tl.constexpr,
+              INTERPRETED: tl.constexpr):  # fmt: skip
+    """out[i, pick_ik] = base_ik + boost (sum of h over equal picks of the row, through the maps), rounded once.
 
-    h: (N, K), 0 where a row does not count. Barriers keep equal picks of a row in order whichever thread meets them."""
+    h: (N, K), 0 where a row does not count. base: (N, K), boosted already, or None for 0. Equal picks write the same number."""
     rows = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    if OVERWRITE:
-        for k in range(0, K):
-            pick = tl.load(picks + rows * K + k, mask=rows < N, other=-1) - class_base
-            inside = (pick >= 0) & (pick < C) & (rows < N)
-            tl.store(out + rows * out_stride + pick, tl.zeros((BLOCK,), tl.float32).to(out.dtype.element_ty), mask=inside)
-        tl.debug_barrier()
     for k in range(0, K):
         pick = tl.load(picks + rows * K + k, mask=rows < N, other=-1) - class_base
         inside = (pick >= 0) & (pick < C) & (rows < N)
-        g = boost * tl.load(h + rows * K + k, mask=inside, other=0.0)
+        g = tl.zeros((BLOCK,), tl.float32)
+        for j in range(0, K):
+            same = inside & (tl.load(picks + rows * K + j, mask=rows < N, other=-1) - class_base == pick)
+            g += tl.load(h + rows * K + j, mask=same, other=0.0)
+        g *= boost
         if HAS_MAPS:
             z = _raw_picks(x0, w0, x1, w1, stored, class_scale, given, bias, scale, scale_tensor, rows, pick, inside, C, D0, D1,
                            x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, BLOCK, BK, SCALED)  # fmt: skip
             g = MAP_BACK(g, z, tensors, numbers)
-        to = out + rows * out_stride + pick
-        g += tl.load(to, mask=inside, other=0.0).to(tl.float32)
-        tl.store(to, _rounded(g, out.dtype.element_ty, INTERPRETED), mask=inside)
-        tl.debug_barrier()
+        if base is not None:
+            g += tl.load(base + rows * K + k, mask=inside, other=0.0)
+        tl.store(out + rows * out_stride + pick, _rounded(g, out.dtype.element_ty, INTERPRETED), mask=inside)
