@@ -80,3 +80,13 @@ def test_threads_get_their_own():
     for i, p in enumerate(problems):
         for got, want in zip(results[i], dense(*p), strict=True):
             assert error(got, want) < 1e-5
+
+
+def test_a_kept_buffer_serves_every_dtype_and_kind_of_tensor():
+    """A Parameter of odd size first, float64 next."""
+    torch.manual_seed(0)
+    x, w = torch.nn.Parameter(torch.randn(600, 8)), torch.randn(9001, 8)
+    y = torch.randint(9001, (600,))
+    bigclass.linear_cross_entropy(x, w, y, engine="tiled").backward()
+    wide = bigclass.linear_cross_entropy(x.detach().double(), w.double(), y, engine="tiled")
+    assert error(wide, torch.nn.functional.cross_entropy(x.detach().double() @ w.double().t(), y)) < 1e-12

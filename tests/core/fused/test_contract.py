@@ -8,10 +8,13 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import bigclass
+from bigclass.core import LogSumExp, Softcap, Stream, log_sum_exp, reduce_logits, stream_loss
+from bigclass.core.engines import tiles
 from tests.losses.test_contract import check_draw, check_pooled, exact, ours, with_gradients
 from tests.support import KINDS, draw, error
 
 pytest.importorskip("triton", reason="Triton is not installed")
+launch = pytest.importorskip("bigclass.core.engines.fused.launch")
 
 ROADS = (("fused", "forward"), ("fused", "recompute"))
 every_road = pytest.mark.parametrize("road", ROADS, ids="-".join)
@@ -132,3 +135,88 @@ def test_shapes_on_and_off_every_block(road, n, c, d):
     want = with_gradients(ours(*leaves, y, ("dense", "auto"), reduction="sum"), leaves)
     for g, t in zip(got, want, strict=True):
         assert error(g, t) < 2e-5 or float((g - t).abs().max()) < 1e-6
+
+
+def test_strided_class_vectors_and_transposed_picks_are_read_as_they_are():
+    torch.manual_seed(0)
+    n, c, d = 20, 90, 8
+    x, w = torch.randn(n, d), torch.randn(c, d)
+    picks = torch.randint(-1, c, (3, n)).t()
+    for vector in (torch.randn(c, 2)[:, 0], torch.randn(1).expand(c)):
+        stream = Stream(((x, w),), bias=vector, class_scale=vector)
+        (got, at), (want, there) = (_lse(stream, picks, engine) for engine in ("fused", "tiled"))
+        assert error(got, want) < 1e-6 and error(at, there) < 1e-6
+
+
+def _lse(stream, picks, engine):
+    states, picked = reduce_logits(stream, picks, (LogSumExp(exclude_picks=True),), engine=engine)
+    return log_sum_exp(states[0]), picked
+
+
+def test_no_pick_exceeds_a_log_sum_exp_that_counts_it_beside_one_that_does_not():
+    x, w, _, y = draw("onehot", 60, 200, 24, torch.float32, 0)
+    picks = torch.stack((y, y.flip(0), y.roll(1), y.roll(2)), -1)
+    states, picked = reduce_logits(Stream(((x, w),)), picks, (LogSumExp(), LogSumExp(exclude_picks=True)), engine="fused")
+    assert picked is not None and bool((picked <= log_sum_exp(states[0])[:, None]).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("lead", [3.0, 7.0, 10.0])
+def test_the_gradient_at_a_counted_pick_is_rounded_once(dtype, lead):
+    """Pitfall 4: p rounded before the pick's own gradient arrives would erase that of a confident row."""
+    torch.manual_seed(0)
+    n, c = 20, 90
+    y = torch.randint(c, (n, 2))
+    y[::3, 1] = y[::3, 0]
+    x = torch.zeros(n, c).scatter(1, y[:, :1], lead).to(dtype).requires_grad_()
+    lse, at = bigclass.linear_logsumexp(x, torch.eye(c, dtype=dtype), index=y, engine="fused")
+    (got,) = torch.autograd.grad((lse - at[:, 0]).mean(), x)
+    wide = x.detach().double().requires_grad_()
+    (want,) = torch.autograd.grad((wide.logsumexp(1) - wide.gather(1, y[:, :1])[:, 0]).mean(), wide)
+    assert error(got, want) < (4e-3 if dtype == torch.bfloat16 else 4e-3 if lead > 9 else 1e-3)
+
+
+@pytest.mark.parametrize("gradients", ["forward", "recompute"])
+def test_nothing_of_an_ignored_row_reaches_any_gradient(gradients):
+    """Pitfall 48, also through a given tensor, under a map, and to the arguments of the row loss."""
+    torch.manual_seed(0)
+    n, c = 20, 90
+    keep = torch.arange(n) % 3 > 0
+    x, w, given = torch.randn(n, 8), torch.randn(c, 8), torch.randn(n, c)
+    x[~keep] = given[~keep] = float("nan")
+    leaves = [t.requires_grad_() for t in (x, w, torch.rand(n, dtype=torch.float64))]
+    results = []
+    for engine in ("fused", "tiled"):
+        with bigclass.planning(gradients=gradients):
+            stream = Stream(((x, w),), given=given, maps=(Softcap.at(5.0),))
+            args = (leaves[2],)
+            picks = torch.randint(c, (n, 1), generator=torch.Generator().manual_seed(0))
+            folds = (LogSumExp(exclude_picks=True),)
+            loss = stream_loss(stream, picks, folds, "cross_entropy", args, (0.0, 0.0), keep=keep, engine=engine)
+        results.append((loss, *torch.autograd.grad(loss, leaves)))
+    for got, want in zip(*results, strict=True):
+        assert bool(got.isfinite().all()) and error(got, want) < 1e-5
+
+
+@every_road
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_road_of_devices_that_multiply_half_types_into_fp32(road, dtype, monkeypatch):
+    """Operands stay 16 bits wide up to the products, fp16 gradients are boosted (emulated: products widen them)."""
+    monkeypatch.setattr(tiles, "_WIDE_OUTPUT", ("cpu",))
+    plain = tiles._product
+    monkeypatch.setattr(tiles, "_product", lambda a, b, out, beta, alpha: plain(a.to(out.dtype), b.to(out.dtype), out, beta, alpha))
+    x, w, b, y = draw("peaked", 300, 200, 24, dtype, 6)
+    got = with_gradients(ours(x, w, b, y, road), (x, w, b))
+    for g, t in zip(got, exact(x, w, b, y), strict=True):
+        assert error(g, t) < (4e-3 if dtype == torch.bfloat16 else 1e-3)
+
+
+def test_the_newer_tf32_switch_is_read():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for asked, given in (("tf32", "tf32"), ("ieee", "tf32x3")):
+            matmul.fp32_precision = asked
+            assert launch.precision(torch.float32) == given
+    finally:
+        matmul.fp32_precision = before

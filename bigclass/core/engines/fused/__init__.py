@@ -166,8 +166,8 @@ class Problem:
             kernels.fold,
             bands * splits,
             device,
-            [*pointers, self.picks if exclude or read else None, picked, _tuple(tensors, filler), _tuple(rows, filler), _tuple(columns, filler),
-             self.stream.scale, _tuple(numbers, 0.0), self.class_base, self.n, self.c, self.k, *numbers_of, each, splits],
+            [*pointers, self.picks if exclude or read else None, picked, _tuple(tensors, filler), _tuple(rows, filler),
+             _tuple(columns, filler), self.stream.scale, _tuple(numbers, 0.0), self.class_base, self.n, self.c, self.k, *numbers_of, each, splits],
             constants | {"BEND": made.bend, "START": made.start, "UPDATE": made.update, "STORE": made.store, "COLUMNS": made.columns,
                          "HAS_COLUMNS": bool(columns), "ONE_PICK": self.k == 1, "READ": read, "EXCLUDE": exclude},
             config,
@@ -216,19 +216,20 @@ class Problem:
             [*pointers, searched, base, keep, _tuple(tensors, filler),
              launch.operand(out, config.BM, config.BN, tma_out), self.stream.scale, boost, _tuple(numbers, 0.0),
              self.class_base, self.n, self.c, self.k, *numbers_of, out.stride(0)],
-            constants | {"BEND": made.bend, "GRADIENT": made.gradient, "ONE_PICK": self.k == 1, "EXCLUDE": noted and any(excluded), "BOOSTED": boost != 1.0,
-                         "TMA_OUT": tma_out},
+            constants | {"BEND": made.bend, "GRADIENT": made.gradient, "ONE_PICK": self.k == 1, "EXCLUDE": noted and any(excluded),
+                         "BOOSTED": boost != 1.0, "TMA_OUT": tma_out},
             config,
         )  # fmt: skip
         if self.k == 0:
             return
+        if h is None:
+            h = out.new_zeros((self.n, self.k), dtype=torch.float32)
         pointers, numbers_of, constants, filler = self._shared(launch.ROWS)
         launch.start(
             kernels.add_picks,
             -(-self.n // launch.ROWS.BM),
             device,
-            [*pointers, self.picks, out.new_zeros((self.n, self.k), dtype=torch.float32) if h is None else h, base, _tuple(own, filler), out,
-             self.stream.scale, boost, _tuple(numbers, 0.0), self.class_base, self.n, self.c, self.k, *numbers_of, out.stride(0)],
+            [*pointers, self.picks, h, base, _tuple(own, filler), out, self.stream.scale, boost, _tuple(numbers, 0.0), self.class_base, self.n, self.c, self.k, *numbers_of, out.stride(0)],
             {"MAP_BACK": made.map_back, "HAS_MAPS": bool(self.stream.maps),
              "BLOCK": launch.ROWS.BM, "BK": launch.ROWS.BK, "SCALED": constants["SCALED"], "INTERPRETED": interpreting()},
             launch.ROWS,
@@ -394,7 +395,7 @@ class _Source:
             picks = torch.where(keep.unsqueeze(-1), picks, -1)
         self.picks = Picks.of(picks)
         self.dtypes = [stream.compute_dtype or torch.promote_types(x.dtype, w.dtype) for x, w in stream.pairs]
-        self.whole = Problem(stream, self.folds, (), n, self.c, None if self.picks is None else self.picks.sorted)
+        self.whole = Problem(self.stream, self.folds, (), n, self.c, None if self.picks is None else self.picks.sorted)
 
     def features(self, r: Span) -> list[Tensor]:
         """x of each pair, as the kernels' operands."""
