@@ -167,7 +167,8 @@ class Problem:
             bands * splits,
             device,
             [*pointers, self.picks if exclude or read else None, picked, _tuple(tensors, filler), _tuple(rows, filler),
-             _tuple(columns, filler), self.stream.scale, _tuple(numbers, 0.0), self.class_base, self.n, self.c, self.k, *numbers_of, each, splits],
+             _tuple(columns, filler), self.stream.scale, _tuple(numbers, 0.0), self.class_base, self.n, self.c, self.k, *numbers_of,
+              each, splits],
             constants | {"BEND": made.bend, "START": made.start, "UPDATE": made.update, "STORE": made.store, "COLUMNS": made.columns,
                          "HAS_COLUMNS": bool(columns), "ONE_PICK": self.k == 1, "READ": read, "EXCLUDE": exclude},
             config,
@@ -198,7 +199,8 @@ class Problem:
         searched = self.picks if noted else None
         base = out.new_empty((self.n, self.k), dtype=torch.float32) if noted else None
         folds = [f for f, there in zip(self.folds, active, strict=True) if there]
-        config, device = self._config(folds, noted), self.stream.device
+        # a map keeps z beside s and G, so its tile is a heavy one
+        config, device = self._config(folds, noted or bool(self.stream.maps)), self.stream.device
         made = compose.composition(self.stream.maps, [compose.part_of(f, there) for f, there in zip(self.folds, active, strict=True)])
         pointers, numbers_of, constants, filler = self._shared(config)
         tensors, numbers = self._parameters()
@@ -229,7 +231,8 @@ class Problem:
             kernels.add_picks,
             -(-self.n // launch.ROWS.BM),
             device,
-            [*pointers, self.picks, h, base, _tuple(own, filler), out, self.stream.scale, boost, _tuple(numbers, 0.0), self.class_base, self.n, self.c, self.k, *numbers_of, out.stride(0)],
+            [*pointers, self.picks, h, base, _tuple(own, filler), out, self.stream.scale, boost, _tuple(numbers, 0.0), self.class_base,
+             self.n, self.c, self.k, *numbers_of, out.stride(0)],
             {"MAP_BACK": made.map_back, "HAS_MAPS": bool(self.stream.maps),
              "BLOCK": launch.ROWS.BM, "BK": launch.ROWS.BK, "SCALED": constants["SCALED"], "INTERPRETED": interpreting()},
             launch.ROWS,

@@ -204,7 +204,8 @@ def merge(parts, out, n, count, LOAD: tl.constexpr, MERGE: tl.constexpr, STORE: 
 def gradient(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, picks, base, keep, tensors, out,
              scale, boost, numbers, class_base, N, C, K, D0, D1, x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, out_stride,
              BEND: tl.constexpr, GRADIENT: tl.constexpr, ONE_PICK: tl.constexpr, EXCLUDE: tl.constexpr,
-             BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr, TMA_OUT: tl.constexpr, EVEN_D: tl.constexpr, SCALED: tl.constexpr,
+             BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr, TMA_OUT: tl.constexpr,
+             EVEN_D: tl.constexpr, SCALED: tl.constexpr,
              PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, BOOSTED: tl.constexpr):  # fmt: skip
     """out[i, j] = boost dL/dz_ij but for the picks' own gradients, one tile a program.
 
