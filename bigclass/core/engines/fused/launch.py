@@ -1,8 +1,8 @@
 """Which tile on which GPU, and how a kernel is started.
 
-Tiles are fixed per architecture, never tuned while a training run waits. They are the largest of those tried with which no recipe spills, in
-Triton 3.6 and 3.9 (tests/core/fused/test_compile.py holds them to it). As `python -m benchmarks.kernels --dtype bf16` prints them, compiled
-by Triton 3.9 and not timed: registers of a thread / arithmetic instructions of the epilogue a logit.
+Tiles are fixed per architecture, never tuned while a training run waits. They are the largest of those tried that spill in
+no recipe, by Triton 3.6 and 3.9 (tests/core/fused/test_compile.py holds them to it). As `python -m benchmarks.kernels --dtype bf16` prints
+them, compiled by Triton 3.9 and not timed: registers of a thread / arithmetic instructions of the epilogue a logit.
 
                           sm_80                       sm_90                       sm_100
                           fold         gradient       fold         gradient       fold         gradient

@@ -1,0 +1,307 @@
+"""What the fused engine's kernels compile to: `python -m benchmarks.kernels --help`. Needs Triton, and no GPU.
+
+Every kernel of every recipe is compiled for the architectures asked for, and its binary is read with the disassembler that Triton brings:
+
+    registers, stack, spills   of a thread; bytes of stack; stores to local memory (STL). Anything but 0 of the last two costs bandwidth
+    shared                     bytes of shared memory of a program, dynamic and static
+    matrix instructions        wgmma (HGMMA), tcgen05 (UTC*MMA) or mma.sync (HMMA), as they stand in the text
+    TMA, cp.async              loads by tensor descriptor (UTMALDG) and asynchronous copies of at most 16 bytes (LDGSTS)
+    instructions               of the whole kernel, as they stand in the text
+    per logit                  of fold and gradient: the arithmetic around the matrix products, see below
+
+The features D are a run-time argument: what is compiled depends on what divides D and the rows' bytes, on nothing else. Widths that share a
+binary share a row. 72 is no multiple of a tile's depth, and the rows of 70 are no multiple of 16 bytes: descriptors cannot address them.
+
+Instructions per logit is an estimate: every instruction of `ARITHMETIC` (floating point, special functions, comparisons, selections,
+logic on masks) divided by the logits of a thread (BM BN / threads) and by the copies of the tile's code (`COPIES`: fold has two, for whole
+tiles and for the ragged last, of which the second masks). A loop over picks counts as one turn. Of these the loop of the matrix products
+holds next to none for half types whose rows are aligned; elsewhere it does (fp32 operands are split there), and no figure is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bigclass.core import Fold, LogSumExp, Map, ShiftedMoment, Softcap, Stream, Total
+from bigclass.extras import require
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from bigclass.core.engines.fused.launch import Compiled
+
+ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FEATURES = (64, 768, 2304, 4096, 4608, 72, 70)
+ROWS, CLASSES = 1024, 8192  # enough for several programs to share a row, and so for states to be merged
+
+# fmt: off
+ARITHMETIC = frozenset((
+    "FADD", "FADD2", "FADD32I", "FMUL", "FMUL2", "FMUL32I", "FFMA", "FFMA2", "FFMA32I", "FMNMX", "FMNMX3", "FSEL", "FSET", "FSETP", "FCHK",
+    "MUFU", "F2F", "F2FP", "HADD2", "HMUL2", "HFMA2", "HMNMX2", "ISETP", "SEL", "LOP3", "PLOP3", "P2R", "R2P",
+))
+# fmt: on
+COPIES = {"fold": 2, "gradient": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A stream, its folds, the picks of a row. stored: the products lie in memory, as when gradients are made in the forward."""
+
+    folds: tuple[Fold, ...]
+    picks: int = 0
+    maps: tuple[Map, ...] = ()
+    pairs: int = 1
+    bias: bool = False
+    class_scale: bool = False
+    stored: bool = False
+
+
+_REST = LogSumExp(exclude_picks=True)  # of the classes that a row did not pick
+_CAP = (Softcap.at(30.0),)
+
+RECIPES = {
+    "ce": Recipe((_REST,), picks=1),
+    "log-sum-exp": Recipe((LogSumExp(),)),
+    "cap": Recipe((_REST,), picks=1, maps=_CAP),
+    "smoothing": Recipe((_REST, Total()), picks=1),
+    "cap smoothing": Recipe((_REST, Total()), picks=1, maps=_CAP),
+    "entropy": Recipe((_REST, ShiftedMoment()), picks=1),
+    "4 picks": Recipe((_REST,), picks=4),
+    "3 picks read": Recipe((LogSumExp(),), picks=3),
+    "columns": Recipe((LogSumExp(), LogSumExp(axis="columns"))),
+    "two pairs": Recipe((_REST,), picks=1, pairs=2),
+    "bias": Recipe((_REST,), picks=1, bias=True),
+    "bias smoothing": Recipe((_REST, Total()), picks=1, bias=True),
+    "class scale": Recipe((_REST,), picks=1, class_scale=True),
+    "stored": Recipe((_REST,), picks=1, stored=True),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Binary:
+    """What the compiled kernel says of itself (module docstring)."""
+
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+    wgmma: int
+    tcgen05: int
+    mma_sync: int
+    tma: int
+    cp_async: int
+    instructions: int
+    arithmetic: int  # of them
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One binary: where it is used, and what it is. features: the widths that share it."""
+
+    arch: str
+    dtype: str
+    recipe: str
+    kernel: str
+    features: tuple[int, ...]
+    tile: str
+    per_logit: float | None
+    binary: Binary
+
+
+class _Driver:
+    """As much of a Triton driver as compiling asks for. It names the GPU that is not there."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.target.arch  # Triton keeps target and binaries for each device number
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def compile_recipe(recipe: Recipe, dtype: torch.dtype, features: int, arch: str) -> list[Compiled]:
+    """Every kernel of a forward and a backward. Triton's driver must name the same architecture."""
+    from bigclass.core.engines.fused import Problem, launch
+
+    n, c, k = ROWS, CLASSES, recipe.picks
+    rows, columns, at_picks = torch.empty(n), torch.empty(c), torch.empty(n, k) if k else None
+    pairs = tuple([(torch.empty(n, features, dtype=dtype), torch.empty(c, features, dtype=dtype)) for _ in range(recipe.pairs)])
+    bias = torch.empty(c, dtype=dtype) if recipe.bias else None
+    stream = Stream(pairs, bias=bias, class_scale=columns if recipe.class_scale else None, maps=recipe.maps)
+    picks = torch.empty(n, k, dtype=torch.int32) if k else None
+    stored = torch.empty(n, c) if recipe.stored else None
+    problem = Problem(stream, recipe.folds, () if recipe.stored else pairs, n, c, picks, stored=stored)
+
+    def vectors(f: Fold) -> list[Tensor]:
+        return [rows if f.axis == "rows" else columns for _ in f.differentiable]
+
+    states = [tuple(vectors(f)) for f in recipe.folds]
+    grads = [[v if d else None for v, d in zip(vectors(f), f.differentiable, strict=True)] for f in recipe.folds]
+    with launch.compiling_for(arch) as compiled:
+        problem.fold(at_picks)
+        problem.gradient(states, grads, at_picks, None, torch.empty(n, c, dtype=dtype), 1.0)
+        return list(compiled)
+
+
+def inspect(arch: str, dtype: str, names: Sequence[str], features: Sequence[int]) -> list[Row]:
+    """The kernels of these recipes, one row for each binary."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    driver.set_active(_Driver(GPUTarget("cuda", ARCHITECTURES[arch], 32)))  # type: ignore[arg-type]
+    widths: dict[tuple[str, str], list[int]] = {}
+    found: dict[tuple[str, str], Compiled] = {}
+    for name in names:
+        for d in features:
+            for made in compile_recipe(RECIPES[name], DTYPES[dtype], d, arch):
+                key = (name, made.kernel.hash)
+                found[key] = made
+                if d not in widths.setdefault(key, []):
+                    widths[key].append(d)
+    return [_row(arch, dtype, key[0], tuple(widths[key]), made) for key, made in found.items()]
+
+
+def _row(arch: str, dtype: str, recipe: str, features: tuple[int, ...], made: Compiled) -> Row:
+    kernel, config = made.kernel.metadata.name, made.config
+    binary = read_binary(made.kernel.asm["cubin"], made.kernel.metadata.shared)
+    tile, per_logit = "", None
+    if config is not None and kernel in COPIES:
+        tile = f"{config.BM}x{config.BN}x{config.BK}, {config.warps}w {config.stages}s"
+        logits = config.BM * config.BN / (32 * config.warps)
+        aligned = all(d % 8 == 0 for d in features)
+        if RECIPES[recipe].stored or (dtype != "fp32" and aligned):
+            per_logit = round(binary.arithmetic / logits / COPIES[kernel], 1)
+    return Row(arch, dtype, recipe, kernel, features, tile, per_logit, binary)
+
+
+@lru_cache(maxsize=4096)
+def read_binary(cubin: bytes, shared: int) -> Binary:
+    """The figures of a compiled kernel. shared: what the compiler reserved for it."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, text = _tool("cuobjdump", "-res-usage", file.name), _tool("nvdisasm", file.name)
+    resources = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if resources is None:
+        raise RuntimeError(f"expected cuobjdump to name registers and stack, got {usage!r}")
+    count = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)", text, re.MULTILINE))
+    return Binary(
+        registers=int(resources[1]),
+        stack=int(resources[2]),
+        spills=count["STL"],
+        shared=shared,
+        wgmma=count["HGMMA"],
+        tcgen05=sum(v for op, v in count.items() if re.fullmatch(r"UTC\w*MMA", op)),
+        mma_sync=count["HMMA"],
+        tma=count["UTMALDG"],
+        cp_async=count["LDGSTS"],
+        instructions=sum(count.values()),
+        arithmetic=sum(v for op, v in count.items() if op in ARITHMETIC),
+    )
+
+
+def _tool(name: str, *arguments: str) -> str:
+    """What a tool that Triton brings prints."""
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([str(path), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def table(rows: Sequence[Row], title: str) -> Table:
+    """The rows of one architecture and dtype."""
+    from rich import box
+    from rich.table import Table
+
+    out = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    for head in ("recipe", "kernel", "D", "tile"):
+        out.add_column(head, no_wrap=head != "D")
+    for head in ("registers", "stack", "spills", "shared", "MMA", "TMA", "cp.async", "instructions", "per logit"):
+        out.add_column(head, justify="right")
+    last = ""
+    for row in rows:
+        b = row.binary
+        products = next((f"{v} {name}" for v, name in ((b.wgmma, "wgmma"), (b.tcgen05, "tcgen05"), (b.mma_sync, "mma")) if v), "")
+        fault = "[bold red]" if b.stack or b.spills else ""
+        out.add_row(
+            "" if row.recipe == last else row.recipe, fault + row.kernel, " ".join(map(str, row.features)), row.tile,
+            *[str(v) for v in (b.registers, b.stack, b.spills, b.shared)], products,
+            *[str(v or "") for v in (b.tma, b.cp_async)], str(b.instructions), "" if row.per_logit is None else str(row.per_logit),
+        )  # fmt: skip
+        last = row.recipe
+    return out
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernels",
+        description="Compile the fused kernels without a GPU and read their binaries.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--arch", nargs="+", choices=tuple(ARCHITECTURES), default=list(ARCHITECTURES), help="default: all")
+    parser.add_argument("--dtype", nargs="+", choices=tuple(DTYPES), default=list(DTYPES), help="of the operands (default: all)")
+    parser.add_argument("--recipe", nargs="+", choices=tuple(RECIPES), default=list(RECIPES), help="default: all")
+    parser.add_argument(
+        "--features", nargs="+", type=int, default=list(FEATURES), metavar="D", help=f"default: {' '.join(map(str, FEATURES))}"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compile and print; 1 if a kernel spills, 2 if a package is missing."""
+    options = parse_arguments(arguments)
+    os.environ.pop("TRITON_INTERPRET", None)  # read when kernels are defined: the interpreter's cannot be compiled
+    try:
+        require("triton", *([] if options.json else ["rich"]), extra="test")
+    except ModuleNotFoundError as error:
+        print(f"kernels: {error}", file=sys.stderr)
+        return 2
+    version = importlib.import_module("triton").__version__
+
+    rows: list[Row] = []
+    for arch in options.arch:
+        for dtype in options.dtype:
+            some = inspect(arch, dtype, options.recipe, options.features)
+            rows += some
+            if not options.json:
+                from rich.console import Console
+
+                console = Console()
+                if not console.is_terminal:
+                    console = Console(width=170)
+                console.print(table(some, f"[bold]{arch}[/], {dtype}, Triton {version}"))
+    if options.json:
+        print(json.dumps({"triton": version, "kernels": [dataclasses.asdict(row) for row in rows]}))
+    return 1 if any(row.binary.stack or row.binary.spills for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

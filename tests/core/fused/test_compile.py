@@ -1,0 +1,67 @@
+"""The fused kernels, compiled for each architecture without a GPU: nothing spills, and tiles use the units they were made for."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+KIB = 1 << 10
+SHARED = {"sm_80": 163 * KIB, "sm_90": 227 * KIB, "sm_100": 227 * KIB}  # CUDA C++ Programming Guide, technical specifications
+UNITS = {"sm_80": "mma_sync", "sm_90": "wgmma", "sm_100": "tcgen05"}
+LOADS = {"sm_80": "cp_async", "sm_90": "tma", "sm_100": "tma"}
+
+# Registers are the recipes' affair: all recipes for bf16, the ends of the range for fp32; fp16 differs in one instruction of the product.
+RECIPES: dict[str, tuple[str, ...]] = {"bf16": (), "fp16": ("ce", "entropy"), "fp32": ("ce", "bias smoothing", "entropy", "stored")}
+ALIGNED, UNALIGNED = 4096, 70
+
+every_arch = pytest.mark.parametrize("arch", SHARED)
+
+
+def built(arch: str, dtype: str, features: int, recipes: tuple[str, ...]) -> list[dict]:
+    """The binaries, made in a process of their own: this one has Triton's interpreter. No recipes: all of them."""
+    command = [sys.executable, "-m", "benchmarks.kernels", "--arch", arch, "--dtype", dtype, "--features", str(features), "--json"]
+    run = subprocess.run(
+        [*command, *(["--recipe", *recipes] if recipes else [])],
+        cwd=Path(__file__).parents[3],
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode in (0, 1), run.stderr  # 1: something spills, which is for the tests to say
+    rows = json.loads(run.stdout.splitlines()[-1])["kernels"]
+    assert {row["kernel"] for row in rows} == {"fold", "merge", "gradient", "read_picks", "add_picks"}
+    assert {row["arch"] for row in rows} == {arch} and all(row["binary"]["instructions"] for row in rows)
+    return rows
+
+
+def named(row: dict) -> str:
+    return f"{row['recipe']}: {row['kernel']} {row['tile']}"
+
+
+def check_size(arch: str, rows: list[dict]) -> None:
+    """Zero stack, zero spills, no more shared memory than there is."""
+    assert {named(row): row["binary"] for row in rows if row["binary"]["stack"] or row["binary"]["spills"]} == {}
+    assert {named(row): row["binary"]["shared"] for row in rows if row["binary"]["shared"] > SHARED[arch]} == {}
+
+
+@every_arch
+@pytest.mark.parametrize("dtype", RECIPES)
+def test_nothing_spills_and_tiles_use_the_units_of_their_architecture(arch, dtype):
+    rows = built(arch, dtype, ALIGNED, RECIPES[dtype])
+    check_size(arch, rows)
+    tiles = [row for row in rows if row["kernel"] in ("fold", "gradient") and row["recipe"] != "stored"]
+    for unit in (UNITS[arch], LOADS[arch]):
+        assert [named(row) for row in tiles if not row["binary"][unit]] == []
+
+
+@every_arch
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_nothing_spills_where_descriptors_cannot_address_the_rows(arch, dtype):
+    check_size(arch, built(arch, dtype, UNALIGNED, ("entropy", "two pairs")))
