@@ -67,8 +67,13 @@ LINEAR = {
     "scale elsewhere": (VALUE, ("logit_scale", "cpu", "meta"), {"logit_scale": torch.ones((), device=META)}),
     "engine unknown": (VALUE, ("engine", "'dense'", "'fast'"), {"engine": "fast"}),
     "engine None": (VALUE, ("engine", "'dense'", "None"), {"engine": None}),
-    "engine fused": (VALUE, ("engine", "fused", "auto"), {"engine": "fused"}),
 }
+
+
+@pytest.mark.parametrize("function", [CE, LSE, LOGP, TOPK], ids=lambda f: f.__name__)
+def test_the_fused_engine_is_refused_where_no_triton_kernel_runs(function, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    refused(VALUE, ("engine", "fused", "auto"), function, engine="fused")
 
 
 @pytest.mark.parametrize("function", [CE, LSE, LOGP, TOPK], ids=lambda f: f.__name__)
