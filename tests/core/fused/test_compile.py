@@ -19,14 +19,15 @@ LOADS = {"sm_80": "cp_async", "sm_90": "tma", "sm_100": "tma"}
 
 # Registers are the recipes' affair: all recipes for bf16, the ends of the range for fp32; fp16 differs in one instruction of the product.
 RECIPES: dict[str, tuple[str, ...]] = {"bf16": (), "fp16": ("ce", "entropy"), "fp32": ("ce", "bias smoothing", "entropy", "stored")}
-ALIGNED, UNALIGNED = 4096, 70
+WIDTHS = (64, 768, 2304, 4096, 4608)  # of models; a run-time argument, so they share their binaries
+UNALIGNED = (70,)
 
 every_arch = pytest.mark.parametrize("arch", SHARED)
 
 
-def built(arch: str, dtype: str, features: int, recipes: tuple[str, ...]) -> list[dict]:
+def built(arch: str, dtype: str, features: tuple[int, ...], recipes: tuple[str, ...]) -> list[dict]:
     """The binaries, made in a process of their own: this one has Triton's interpreter. No recipes: all of them."""
-    command = [sys.executable, "-m", "benchmarks.kernels", "--arch", arch, "--dtype", dtype, "--features", str(features), "--json"]
+    command = [sys.executable, "-m", "benchmarks.kernels", "--arch", arch, "--dtype", dtype, "--features", *map(str, features), "--json"]
     run = subprocess.run(
         [*command, *(["--recipe", *recipes] if recipes else [])],
         cwd=Path(__file__).parents[3],
@@ -38,6 +39,7 @@ def built(arch: str, dtype: str, features: int, recipes: tuple[str, ...]) -> lis
     rows = json.loads(run.stdout.splitlines()[-1])["kernels"]
     assert {row["kernel"] for row in rows} == {"fold", "merge", "gradient", "read_picks", "add_picks"}
     assert {row["arch"] for row in rows} == {arch} and all(row["binary"]["instructions"] for row in rows)
+    assert all(row["features"] == list(features) for row in rows)
     return rows
 
 
@@ -54,7 +56,7 @@ def check_size(arch: str, rows: list[dict]) -> None:
 @every_arch
 @pytest.mark.parametrize("dtype", RECIPES)
 def test_nothing_spills_and_tiles_use_the_units_of_their_architecture(arch, dtype):
-    rows = built(arch, dtype, ALIGNED, RECIPES[dtype])
+    rows = built(arch, dtype, WIDTHS, RECIPES[dtype])
     check_size(arch, rows)
     tiles = [row for row in rows if row["kernel"] in ("fold", "gradient") and row["recipe"] != "stored"]
     for unit in (UNITS[arch], LOADS[arch]):
