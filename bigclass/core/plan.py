@@ -52,10 +52,12 @@ class Settings:
 
     workspace: bytes of temporary memory beyond inputs, outputs and gradients; None: DEFAULT_WORKSPACE.
     gradients: "forward", "recompute" or "auto". "recompute" also spares what activation checkpointing would pay twice.
+    logits_limit: bytes of logits that lazy logits may write out where an operation needs the numbers; None: any, with a warning.
     """
 
     workspace: int | None = None
     gradients: str = "auto"
+    logits_limit: int | None = None
 
 
 # One for the process. A ContextVar would be tidier, but torch.compile cannot trace one; this global it guards on.
@@ -68,7 +70,7 @@ def settings() -> Settings:
 
 
 @contextmanager
-def planning(*, workspace: int | None = None, gradients: str | None = None) -> Iterator[Settings]:
+def planning(*, workspace: int | None = None, gradients: str | None = None, logits_limit: int | None = None) -> Iterator[Settings]:
     """Change what the planner may use, within a `with` block (for the whole process).
 
     A backward uses the settings that its forward ran under.
@@ -78,9 +80,10 @@ def planning(*, workspace: int | None = None, gradients: str | None = None) -> I
             On Linux CPUs the largest buffer stays with the process for the next call, marked for the kernel to take when memory is short.
         gradients: "forward" (3 passes of GEMM flops; gradients are made with the loss), "recompute" (4 passes, least memory;
             also right under activation checkpointing, which would pay for the forward's gradients twice) or "auto".
+        logits_limit: bytes of logits above which lazy logits raise where they would write themselves out (default: they warn). 0: always.
 
     Raises:
-        ValueError: for a workspace below 1 MiB or an unknown `gradients`.
+        ValueError: for a workspace below 1 MiB, a negative limit or an unknown `gradients`.
 
     Example:
         >>> with bigclass.planning(workspace=16 << 20):
@@ -96,6 +99,10 @@ def planning(*, workspace: int | None = None, gradients: str | None = None) -> I
         if gradients not in GRADIENTS:
             raise ArgumentError(f"gradients: expected one of {GRADIENTS}, got {gradients!r}")
         new = replace(new, gradients=gradients)
+    if logits_limit is not None:
+        if logits_limit < 0:
+            raise ArgumentError(f"logits_limit: expected a number of bytes >= 0, got {logits_limit}")
+        new = replace(new, logits_limit=int(logits_limit))
     _settings = new
     try:
         yield new

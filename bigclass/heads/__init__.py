@@ -1,5 +1,6 @@
 """Heads: nn.Modules whose classifier never materialises its logits in training."""
 
+from bigclass.heads.lazy import LazyLogits, LogitsWarning
 from bigclass.heads.linear import CCEHead, LMHead
 
-__all__ = ["CCEHead", "LMHead"]
+__all__ = ["CCEHead", "LMHead", "LazyLogits", "LogitsWarning"]

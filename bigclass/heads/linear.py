@@ -1,43 +1,95 @@
 """Heads that are an `nn.Linear` with a streamed loss.
 
-A head keeps everything of `nn.Linear`: parameter names and order, initialisation, state_dict keys, copying, hooks. Called with features
-alone it returns real logits; called with targets it returns the loss, as a *forward*, so that the hooks of FSDP2 and ZeRO-3 run.
+A head keeps everything of `nn.Linear`: parameter names and order, initialisation, state_dict keys, copying, hooks. In training it returns
+lazy logits (lazy.py), on which an unchanged criterion runs streamed; in evaluation and under no_grad real ones. Called with targets it
+returns the loss, as a *forward*, so that the hooks of FSDP2 and ZeRO-3 run.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from bigclass.core.errors import ArgumentError
+from bigclass.core.errors import ArgumentError, ArgumentTypeError
 from bigclass.core.plan import ENGINES
-from bigclass.core.stream import Softcap
+from bigclass.core.stream import Map, Scale, Softcap
+from bigclass.heads.lazy import LazyLogits, lazy_logits
 from bigclass.losses.cross_entropy import linear_cross_entropy
 from bigclass.losses.inputs import check_tensor
 from bigclass.losses.log_prob import linear_topk
+from bigclass.losses.targets import SparseTarget
 
 
 class _LinearHead(nn.Linear):
     """What CCEHead and LMHead share: logits, loss and prediction under one soft cap and scale."""
 
-    _OPTIONS = ("softcap", "logit_scale", "label_smoothing", "z_loss", "ignore_index", "engine")
+    # options and their defaults; of the class, so that an nn.Linear that becomes a head (`adopt`) has them
+    softcap: float | None = None
+    logit_scale: float | None = None
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    ignore_index: int = -100
+    engine: str = "auto"
+    lazy: bool = True
+    _OPTIONS = ("softcap", "logit_scale", "label_smoothing", "z_loss", "ignore_index", "engine", "lazy")
 
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool, *, device=None, dtype=None,
-        softcap: float | None, logit_scale: float | None, label_smoothing: float, z_loss: float, ignore_index: int, engine: str,
-    ) -> None:  # fmt: skip
+    def __init__(self, in_features: int, out_features: int, bias: bool, *, device=None, dtype=None, **options: Any) -> None:
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        if softcap is not None:
-            Softcap.at(softcap)  # raises for a cap that is not positive
-        if not 0.0 <= label_smoothing <= 1.0:
-            raise ArgumentError(f"label_smoothing: expected a value in [0, 1], got {label_smoothing}")
-        if not z_loss >= 0.0:
-            raise ArgumentError(f"z_loss: expected a coefficient >= 0, got {z_loss}")
-        if engine not in ENGINES:
-            raise ArgumentError(f"engine: expected one of {ENGINES}, got {engine!r}")
-        self.softcap, self.logit_scale = softcap, logit_scale
-        self.label_smoothing, self.z_loss, self.ignore_index, self.engine = label_smoothing, z_loss, ignore_index, engine
+        self._set(options)
+
+    @classmethod
+    def adopt(cls, linear: nn.Linear, **options: Any) -> Any:
+        """Make an existing `nn.Linear` this head, in place, and return it: parameters, hooks, optimizers' and EMA's references stay.
+
+        Args:
+            linear: an `nn.Linear` (or timm's), not a subclass that computes something else. options: of the head.
+
+        Raises:
+            TypeError: for any other module. ValueError: for options that cannot work.
+        """
+        plain = type(linear) is nn.Linear or (type(linear).__module__, type(linear).__name__) == ("timm.layers.linear", "Linear")
+        if not plain and not isinstance(linear, _LinearHead):
+            raise ArgumentTypeError(f"linear: expected an nn.Linear, got {type(linear).__module__}.{type(linear).__qualname__}")
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made._set(options)  # raises before anything of `linear` is changed
+        linear.__class__ = cls
+        for name, value in made.__dict__.items():
+            if name in cls._OPTIONS or name in getattr(cls, "_OWN", ()):
+                linear.__dict__[name] = value
+        return linear
+
+    def release(self) -> nn.Linear:
+        """Undo `adopt`: make this module a plain `nn.Linear` again, in place, and return it."""
+        for name in (*self._OPTIONS, *getattr(self, "_OWN", ())):
+            self.__dict__.pop(name, None)
+        self.__class__ = nn.Linear  # type: ignore[assignment]
+        return self
+
+    def _set(self, options: dict[str, Any]) -> None:
+        unknown = [name for name in options if name not in self._OPTIONS]
+        if unknown:
+            raise TypeError(f"{type(self).__name__}: unexpected option {unknown[0]!r}; known: {', '.join(self._OPTIONS)}")
+        for name in self._OPTIONS:
+            setattr(self, name, options.get(name, getattr(_LinearHead, name)))
+        if self.softcap is not None:
+            Softcap.at(self.softcap)  # raises for a cap that is not positive
+        if not 0.0 <= self.label_smoothing <= 1.0:
+            raise ArgumentError(f"label_smoothing: expected a value in [0, 1], got {self.label_smoothing}")
+        if not self.z_loss >= 0.0:
+            raise ArgumentError(f"z_loss: expected a coefficient >= 0, got {self.z_loss}")
+        if self.engine not in ENGINES:
+            raise ArgumentError(f"engine: expected one of {ENGINES}, got {self.engine!r}")
+
+    def _output(self, features: Tensor) -> Tensor | LazyLogits:
+        """What a forward without targets returns."""
+        if not (self.training and self.lazy and torch.is_grad_enabled()):
+            return self.logits(features)
+        maps: list[Map] = [] if self.logit_scale is None else [Scale.by(self.logit_scale)]
+        maps += [] if self.softcap is None else [Softcap.at(self.softcap)]
+        return lazy_logits(features, self.weight, self.bias, tuple(maps), self.engine)
 
     def logits(self, features: Tensor) -> Tensor:
         """Real logits (..., C) in the dtype of a plain `nn.Linear`, scaled and soft-capped."""
@@ -53,33 +105,37 @@ class _LinearHead(nn.Linear):
         )
         return values, indices
 
-    def _loss(self, features: Tensor, target: Tensor, **options: Any) -> Any:
-        check_tensor("target", target)
-        index = not target.is_floating_point()
+    def _loss(self, features: Tensor, target: Tensor | SparseTarget, **options: Any) -> Any:
+        soft = isinstance(target, SparseTarget)
+        if not soft:
+            check_tensor("target", target)
+        index = not soft and not target.is_floating_point()
         return linear_cross_entropy(
             features, self.weight, target, linear_bias=self.bias, softcap=self.softcap, logit_scale=self.logit_scale,
             label_smoothing=self.label_smoothing, z_loss=self.z_loss, engine=self.engine,
             ignore_index=self.ignore_index if index else None, **options,
         )  # fmt: skip
 
-    def loss(self, features: Tensor, target: Tensor, **options: Any) -> Any:
+    def loss(self, features: Tensor, target: Tensor | SparseTarget, **options: Any) -> Any:
         """`self(features, target, ...)` under a name of its own; it is a forward, so hooks run."""
         return self(features, target, **options)
 
     def extra_repr(self) -> str:
-        defaults = {"softcap": None, "logit_scale": None, "label_smoothing": 0.0, "z_loss": 0.0, "ignore_index": -100, "engine": "auto"}
-        extra = [f"{name}={getattr(self, name)!r}" for name in self._OPTIONS if getattr(self, name) != defaults[name]]
+        extra = [f"{name}={getattr(self, name)!r}" for name in self._OPTIONS if getattr(self, name) != getattr(_LinearHead, name)]
         return ", ".join([super().extra_repr(), *extra])
 
 
 class CCEHead(_LinearHead):
     r"""A linear classifier over many classes, with cross-entropy streamed.
 
-    `head(features)` gives real logits (..., C), `head(features, target)` the loss, `head.predict(features, k)` the top k.
+    `head(features)` gives logits (..., C): in training lazy ones, on which an unchanged criterion runs streamed, in evaluation and under
+    no_grad real ones. `head(features, target)` gives the loss, `head.predict(features, k)` the top k.
 
     Args:
         in_features: D. num_classes: C. bias, device, dtype: as in `nn.Linear`.
-        softcap, logit_scale (a number), label_smoothing, z_loss, ignore_index, engine: as in `linear_cross_entropy`.
+        softcap, logit_scale (a number): part of the logits. engine: as in `linear_cross_entropy`.
+        label_smoothing, z_loss, ignore_index: of `head(features, target)`; a criterion of your own has its own.
+        lazy: False: real logits in training, too.
 
     Example:
         >>> head = bigclass.CCEHead(768, 100_000)
@@ -89,11 +145,11 @@ class CCEHead(_LinearHead):
     def __init__(
         self, in_features: int, num_classes: int, bias: bool = True, device=None, dtype=None, *,
         softcap: float | None = None, logit_scale: float | None = None, label_smoothing: float = 0.0,
-        z_loss: float = 0.0, ignore_index: int = -100, engine: str = "auto",
+        z_loss: float = 0.0, ignore_index: int = -100, engine: str = "auto", lazy: bool = True,
     ) -> None:  # fmt: skip
         super().__init__(
             in_features, num_classes, bias, device=device, dtype=dtype, softcap=softcap, logit_scale=logit_scale,
-            label_smoothing=label_smoothing, z_loss=z_loss, ignore_index=ignore_index, engine=engine,
+            label_smoothing=label_smoothing, z_loss=z_loss, ignore_index=ignore_index, engine=engine, lazy=lazy,
         )  # fmt: skip
 
     @property
@@ -103,28 +159,32 @@ class CCEHead(_LinearHead):
     def forward(
         self,
         features: Tensor,
-        target: Tensor | None = None,
+        target: Tensor | SparseTarget | None = None,
         *,
         weight: Tensor | None = None,
         reduction: str = "mean",
         return_stats: bool = False,
     ):  # type: ignore[override]
-        """Logits (..., C) without a target; with one ((...) indices or (..., C) probabilities) the loss of `linear_cross_entropy`."""
+        """Logits (..., C) without a target (lazy in training); with one ((...) indices, (..., C) probabilities or a `SparseTarget`)
+        the loss of `linear_cross_entropy`."""
         if target is None:
-            return self.logits(features)
+            return self._output(features)
         return self._loss(features, target, weight=weight, reduction=reduction, return_stats=return_stats)
 
 
 class LMHead(_LinearHead):
     r"""A language model's output layer, with the next-token loss streamed.
 
-    `head(hidden)` gives real logits (..., T, C). `head(hidden, labels)` gives the loss: the features of position t are scored against
+    `head(hidden)` gives logits (..., T, C), lazy in training as those of `CCEHead`.
+    `head(hidden, labels)` gives the loss: the features of position t are scored against
     labels[t + shift], so labels are the input ids themselves (ignore_index where nothing is to be learnt).
 
     Args:
         hidden_size: D. vocab_size: C. bias, device, dtype: as in `nn.Linear` (without bias by default, as language models are).
         shift: 1 for next-token prediction; 0 if labels are shifted already.
         softcap, logit_scale (a number), label_smoothing, z_loss, ignore_index, engine: as in `linear_cross_entropy`.
+
+    softcap and logit_scale are part of the logits; label_smoothing, z_loss and ignore_index are of `head(hidden, labels)`.
 
     Tied embeddings: `head.tie(embedding)` makes the embedding's weight the head's own parameter.
 
@@ -136,13 +196,16 @@ class LMHead(_LinearHead):
     def __init__(
         self, hidden_size: int, vocab_size: int, bias: bool = False, device=None, dtype=None, *, shift: int = 1,
         softcap: float | None = None, logit_scale: float | None = None, label_smoothing: float = 0.0,
-        z_loss: float = 0.0, ignore_index: int = -100, engine: str = "auto",
+        z_loss: float = 0.0, ignore_index: int = -100, engine: str = "auto", lazy: bool = True,
     ) -> None:  # fmt: skip
         super().__init__(
             hidden_size, vocab_size, bias, device=device, dtype=dtype, softcap=softcap, logit_scale=logit_scale,
-            label_smoothing=label_smoothing, z_loss=z_loss, ignore_index=ignore_index, engine=engine,
+            label_smoothing=label_smoothing, z_loss=z_loss, ignore_index=ignore_index, engine=engine, lazy=lazy,
         )  # fmt: skip
         self.shift = shift
+
+    shift: int = 1
+    _OWN = ("shift",)
 
     def tie(self, embedding: nn.Embedding) -> LMHead:
         """Share the weight of `embedding` (C, D). Returns the head."""
@@ -161,9 +224,11 @@ class LMHead(_LinearHead):
         reduction: str = "mean",
         return_stats: bool = False,
     ):  # type: ignore[override]
-        """Logits (..., T, C) without labels; with labels (..., T) the loss of `linear_cross_entropy` (`shift`: instead of the head's)."""
+        """Logits (..., T, C) without labels (lazy in training); with labels (..., T) the loss of `linear_cross_entropy`.
+
+        shift: instead of the head's."""
         if labels is None:
-            return self.logits(hidden)
+            return self._output(hidden)
         check_tensor("labels", labels)
         if labels.is_floating_point():
             raise ArgumentError(

@@ -1,0 +1,506 @@
+"""Lazy logits: what a head returns in training instead of N x C numbers.
+
+A `LazyLogits` holds the recipe of the logits (a `Stream`: features, an alias of the weight, bias, maps) and answers what training loops
+ask of logits:
+
+    loss functions        F.cross_entropy, F.nll_loss of F.log_softmax, F.binary_cross_entropy_with_logits, and the modules over them
+    arithmetic            with numbers and scalar tensors, with a class vector (as a bias), tanh, casts: maps of the stream
+    batch axes            slices, masks, views, permutations, splits: done to the features. Slices of the class axis: done to the weight
+    shape, dtype, device  and their relatives
+    argmax, topk, max, gather, logsumexp    streamed
+
+Everything else writes the logits out, once, with a `LogitsWarning` that names the operation and the size, or raises above
+`bigclass.planning(logits_limit=...)`.
+
+It is no tensor subclass but a dataclass with `__torch_function__`, registered as a pytree node whose leaves are the stream's tensors: so
+DistributedDataParallel and FSDP2 find the tensors of a module's output (with an opaque object static graphs come out silently wrong),
+and torch.compile passes it on between graphs. The weight is held as `weight.view_as(weight)`, which autograd sees as an output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch.nn import _reduction as legacy
+
+from bigclass.core.errors import ArgumentError
+from bigclass.core.folds import LogSumExp, log_sum_exp
+from bigclass.core.op import reduce_logits
+from bigclass.core.stream import Scale, Softcap, Stream
+from bigclass.core.topk import TopK
+from bigclass.heads.lazy.base import Lazy, dense_call, result_dtype
+from bigclass.heads.lazy.shapes import spread_index, whole_shape
+from bigclass.losses.cross_entropy import cross_entropy
+from bigclass.losses.inputs import check_linear
+from bigclass.losses.targets import SparseTarget
+
+
+@dataclass(eq=False, repr=False)
+class LazyLogits(Lazy):
+    """The logits s (..., C) of a stream, not yet made. Heads return them in training.
+
+    stream: their recipe, N rows. lead: the batch axes, whose product is N. dtype: what a plain `nn.Linear` would have returned (the
+    stream never rounds to it). engine: for everything computed from them. class_first: is the class axis the second of all (as in the
+    K-dimensional loss) rather than the last? versions: of the stream's tensors when they were taken; None where nobody can look.
+    """
+
+    stream: Stream
+    lead: tuple[int, ...]
+    dtype: torch.dtype
+    engine: str = "auto"
+    class_first: bool = False
+    versions: tuple[int, ...] | None = None
+
+    # --- what tensors answer without being there
+
+    @property
+    def shape(self) -> torch.Size:
+        c = self.stream.shape[1]
+        return torch.Size((self.lead[0], c, *self.lead[1:]) if self.class_first else (*self.lead, c))
+
+    @property
+    def device(self) -> torch.device:
+        return self.stream.device
+
+    @property
+    def requires_grad(self) -> bool:
+        return any(t.requires_grad for t in self.stream.tensors)
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def layout(self) -> torch.layout:
+        return torch.strided
+
+    def is_floating_point(self) -> bool:
+        return True
+
+    def is_contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> bool:
+        return True
+
+    def element_size(self) -> int:
+        return self.dtype.itemsize
+
+    def get_device(self) -> int:
+        return -1 if self.device.index is None else self.device.index
+
+    def materialize(self) -> Tensor:
+        self.check()
+        stream = self.stream
+        s: Any = None
+        for p, (x, w) in enumerate(stream.pairs):
+            b = stream.bias if p == 0 and stream.class_scale is None else None
+            dtype = stream.compute_dtype or torch.promote_types(x.dtype, w.dtype)
+            with torch.autocast(self.device.type, enabled=False):
+                part = F.linear(x.to(dtype), w.to(dtype), None if b is None else b.to(dtype))
+            s = part if s is None else s + part
+        if stream.class_scale is not None:
+            s = s * stream.class_scale
+            s = s if stream.bias is None else s + stream.bias
+        s = s.to(torch.promote_types(s.dtype, self.dtype))
+        if stream.scale != 1.0:
+            s = s * stream.scale
+        if stream.scale_tensor is not None:
+            s = s * stream.scale_tensor.reshape(())
+        for m in stream.maps:
+            s = m.forward(s, m.numbers, m.tensors)
+        s = s.to(self.dtype).reshape(*self.lead, stream.shape[1])
+        return s.movedim(-1, 1) if self.class_first else s
+
+    def check(self) -> None:
+        """Raise if the features or the weight were changed in place since the logits were asked for (an optimizer's step, say)."""
+        if torch.compiler.is_compiling():
+            return
+        if any(w.numel() and w.device.type != "meta" and w.untyped_storage().size() == 0 for _, w in self.stream.pairs):
+            raise RuntimeError(
+                "bigclass: the weight of these lazy logits is gone: FSDP2 resharded it after the head's forward. Give the head its "
+                "targets, head(features, target), or let it belong to the root's group (no fully_shard of the head alone)"
+            )
+        if self.versions is None:
+            return
+        if self.versions != _versions(self.stream):
+            raise RuntimeError(
+                "bigclass: the features, the weight or the bias of these lazy logits were changed in place after the head's forward (an "
+                "optimizer step before the loss?). Their logits can no longer be made; compute the loss before the change"
+            )
+
+    # --- recipes of other lazy logits
+
+    def _with(self, stream: Stream, **changes: Any) -> LazyLogits:
+        return replace(self, stream=stream, versions=None if self.versions is None else _versions(stream), **changes)
+
+    def _rows(self, operation: Callable[[Tensor], Any]) -> LazyLogits:
+        """operation on the batch axes: what it does to a tensor (*lead, D)."""
+        self.check()
+        pairs, lead = [], self.lead
+        for x, w in self.stream.pairs:
+            moved = operation(x.reshape(*self.lead, x.shape[1]))
+            lead = tuple(moved.shape[:-1])
+            pairs.append((moved.reshape(-1, moved.shape[-1]), w))
+        return self._with(replace(self.stream, pairs=tuple(pairs)), lead=lead)
+
+    def _classes(self, index: Any) -> LazyLogits:
+        """Some of the classes: an index of the first axis of the weight that keeps it."""
+        self.check()
+        s = self.stream
+        pick = lambda t: None if t is None else t[index]  # noqa: E731
+        pairs = tuple((x, w[index]) for x, w in s.pairs)
+        return self._with(replace(s, pairs=pairs, bias=pick(s.bias), class_scale=pick(s.class_scale)))
+
+    def _map(self, *maps: Any) -> LazyLogits:
+        self.check()
+        return self._with(replace(self.stream, maps=_joined((*self.stream.maps, *maps))))
+
+    def _scaled(self, factor: Any) -> Any:
+        if isinstance(factor, bool) or not isinstance(factor, int | float | Tensor):
+            return NotImplemented
+        if not isinstance(factor, Tensor):
+            return self._map(Scale.by(factor))
+        if factor.numel() != 1 or factor.dim() > self.ndim or not factor.is_floating_point():
+            return NotImplemented
+        return replace(self._map(Scale.by(factor.to(self.device))), dtype=torch.result_type(_probe(self), factor))
+
+    def _shifted(self, by: Any) -> Any:
+        """s + by for a number, a scalar or a class vector (C,): a bias, as long as nothing has bent the logits."""
+        s = self.stream
+        if isinstance(by, bool) or not isinstance(by, int | float | Tensor) or s.maps or s.scale == 0.0 or self.class_first:
+            return NotImplemented
+        if isinstance(by, Tensor) and (by.numel() != 1 and tuple(by.shape) not in ((s.shape[1],), (1, s.shape[1]))):
+            return NotImplemented
+        if isinstance(by, Tensor) and (not by.is_floating_point() or by.dim() > self.ndim or by.device != self.device):
+            return NotImplemented
+        if s.scale_tensor is not None:
+            return NotImplemented  # by / scale would lose digits where the scale is near 0
+        self.check()
+        wide = s.accumulate_dtype
+        b = by.reshape(-1).to(wide) if isinstance(by, Tensor) else torch.full((1,), float(by), dtype=wide, device=self.device)
+        b = (b / s.scale).expand(s.shape[1])
+        dtype = torch.result_type(_probe(self), by)
+        return self._with(replace(s, bias=b if s.bias is None else s.bias.to(wide) + b), dtype=dtype)
+
+    def detach(self) -> LazyLogits:
+        self.check()
+        return self._with(self.stream.with_tensors([t.detach() for t in self.stream.tensors]))
+
+    def contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> LazyLogits:
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """A cast: what is made of these logits in the end has the new dtype; sums stay as wide as they are. (Devices materialise.)"""
+        dtype = kwargs.get("dtype") or next((a for a in args if isinstance(a, torch.dtype)), None)
+        other = kwargs.get("other", args[0] if args else None)
+        device = kwargs.get("device", args[0] if args and isinstance(args[0], str | torch.device) else None)
+        if isinstance(other, Tensor | LazyLogits):
+            dtype, device = other.dtype, other.device
+        if device is not None and torch.device(device) not in (self.device, torch.device(self.device.type)):
+            return self.written_out("to").to(*args, **kwargs)
+        return self if dtype is None or dtype == self.dtype else replace(self, dtype=dtype)
+
+    def float(self, *_: Any, **__: Any) -> LazyLogits:
+        return self.to(torch.float32)
+
+    def double(self, *_: Any, **__: Any) -> LazyLogits:
+        return self.to(torch.float64)
+
+    def half(self, *_: Any, **__: Any) -> LazyLogits:
+        return self.to(torch.float16)
+
+    def bfloat16(self, *_: Any, **__: Any) -> LazyLogits:
+        return self.to(torch.bfloat16)
+
+    def type(self, dtype: Any = None, *_: Any, **__: Any) -> Any:
+        if isinstance(dtype, torch.dtype):
+            return self.to(dtype)
+        return self.written_out("type").type(dtype)
+
+    def type_as(self, other: Any) -> Any:
+        return self.to(other.dtype)
+
+    def tanh(self) -> LazyLogits:
+        return self._map(Softcap.at(1.0))
+
+    def view(self, *shape: Any) -> Any:
+        if len(shape) == 1 and isinstance(shape[0], torch.dtype):
+            return self.written_out("view").view(shape[0])
+        shape = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], Sequence) else shape
+        whole = whole_shape(shape, self.numel())
+        if not whole or self.class_first or whole[-1] != self.stream.shape[1]:
+            return self.written_out("view").reshape(shape)
+        return self._rows(lambda t: t.reshape(*whole[:-1], t.shape[-1]))
+
+    reshape = view
+
+    def view_as(self, other: Any) -> Any:
+        return self.view(*other.shape)
+
+    reshape_as = view_as
+
+    def flatten(self, start_dim: int = 0, end_dim: int = -1) -> Any:
+        n = self.ndim
+        start, end = start_dim % n, end_dim % n
+        if start == end:
+            return self
+        if self.class_first or end == n - 1:
+            return self.written_out("flatten").flatten(start_dim, end_dim)
+        return self._rows(lambda t: t.flatten(start, end))
+
+    def unsqueeze(self, dim: int) -> Any:
+        at = dim % (self.ndim + 1)
+        if self.class_first or at == self.ndim:
+            return self.written_out("unsqueeze").unsqueeze(dim)
+        return self._rows(lambda t: t.unsqueeze(at))
+
+    def squeeze(self, dim: Any = None) -> Any:
+        axes = [a for a in range(self.ndim) if self.shape[a] == 1]
+        if dim is not None:
+            asked = [d % self.ndim for d in ((dim,) if isinstance(dim, int) else dim)]
+            axes = [a for a in axes if a in asked]
+        if self.class_first or self.ndim - 1 in axes:
+            return self.written_out("squeeze").squeeze() if dim is None else self.written_out("squeeze").squeeze(dim)
+        return self._rows(lambda t: t.squeeze(tuple(axes))) if axes else self
+
+    def permute(self, *dims: Any) -> Any:
+        dims = tuple(dims[0]) if len(dims) == 1 and isinstance(dims[0], Sequence) else dims
+        n = self.ndim
+        order = tuple(d % n for d in dims)
+        if self.class_first:
+            order = tuple((*range(n)[:1], n - 1, *range(n)[1 : n - 1])[d] for d in order)  # in axes of (*lead, C)
+        if len(order) == n and order[-1] == n - 1:
+            return replace(self, class_first=False)._rows(lambda t: t.permute(order))
+        if len(order) == n and n > 2 and order[0] != n - 1 and order[1] == n - 1:
+            batch = tuple(a for a in order if a != n - 1)
+            return replace(replace(self, class_first=False)._rows(lambda t: t.permute(*batch, n - 1)), class_first=True)
+        return self.written_out("permute").permute(dims)
+
+    def transpose(self, dim0: int, dim1: int) -> Any:
+        n = self.ndim
+        order = list(range(n))
+        a, b = dim0 % n, dim1 % n
+        order[a], order[b] = order[b], order[a]
+        return self.permute(order)
+
+    swapaxes = swapdims = transpose
+
+    def movedim(self, source: int, destination: int) -> Any:
+        if not isinstance(source, int) or not isinstance(destination, int):
+            return self.written_out("movedim").movedim(source, destination)
+        order = [a for a in range(self.ndim) if a != source % self.ndim]
+        order.insert(destination % self.ndim, source % self.ndim)
+        return self.permute(order)
+
+    moveaxis = movedim
+
+    def t(self) -> Any:
+        return self.written_out("t").t()
+
+    def split(self, split_size: Any, dim: int = 0) -> Any:
+        if self.class_first or dim % self.ndim == self.ndim - 1:
+            return self.written_out("split").split(split_size, dim)
+        at, total = dim % self.ndim, self.shape[dim]
+        sizes = [min(split_size, total - a) for a in range(0, total, split_size)] if isinstance(split_size, int) else split_size
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        return tuple(self._rows(lambda t, a=a, k=k: t.narrow(at, a, k)) for a, k in zip(starts, sizes, strict=True))
+
+    def chunk(self, chunks: int, dim: int = 0) -> Any:
+        return self.split(max(-(-self.shape[dim] // chunks), 1), dim)
+
+    def unbind(self, dim: int = 0) -> Any:
+        if self.class_first or dim % self.ndim == self.ndim - 1:
+            return self.written_out("unbind").unbind(dim)
+        at = dim % self.ndim
+        return tuple(self._rows(lambda t, i=i: t.select(at, i)) for i in range(self.shape[dim]))
+
+    def narrow(self, dim: int, start: int, length: int) -> Any:
+        at = dim % self.ndim
+        return self[(*[slice(None)] * at, slice(start, start + length))]
+
+    def select(self, dim: int, index: int) -> Any:
+        return self[(*[slice(None)] * (dim % self.ndim), index)]
+
+    def __getitem__(self, index: Any) -> Any:
+        if self.class_first:
+            return self.written_out("indexing")[index]
+        spread = spread_index(index if isinstance(index, tuple) else (index,), self.ndim)
+        if spread is None:
+            return self.written_out("indexing")[index]
+        batch, classes = spread
+        if isinstance(classes, slice):
+            lazy = self if classes == slice(None) else self._classes(classes)
+            return lazy if all(isinstance(i, slice) and i == slice(None) for i in batch) else lazy._rows(lambda t: t[(*batch, slice(None))])
+        picks = [i for i in (*batch, classes) if isinstance(i, Tensor)]
+        if len(picks) == self.ndim and all(i.dim() == 1 and not i.is_floating_point() and i.dtype != torch.bool for i in picks):
+            rows = self._rows(lambda t: t[tuple(batch)])  # logits[arange(N), y]
+            return rows.gather(-1, classes.expand(rows.shape[0]).unsqueeze(-1)).squeeze(-1)
+        return self.written_out("indexing")[(*batch, classes)]
+
+    # --- arithmetic
+
+    def __neg__(self) -> LazyLogits:
+        return self._map(Scale.by(-1.0))
+
+    def __mul__(self, other: Any) -> Any:
+        made = self._scaled(other)
+        return dense_call(torch.mul, (self, other), {}) if made is NotImplemented else made
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Any) -> Any:
+        scalar = isinstance(other, int | float) and not isinstance(other, bool) and other != 0
+        tensor = isinstance(other, Tensor) and other.numel() == 1 and other.is_floating_point()
+        made = self._scaled(1.0 / other) if scalar or tensor else NotImplemented
+        return dense_call(torch.div, (self, other), {}) if made is NotImplemented else made
+
+    def __add__(self, other: Any) -> Any:
+        made = self._shifted(other)
+        return dense_call(torch.add, (self, other), {}) if made is NotImplemented else made
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Any) -> Any:
+        made = NotImplemented if isinstance(other, Lazy | bool) else self._shifted(-other)
+        return dense_call(torch.sub, (self, other), {}) if made is NotImplemented else made
+
+    # in place there is nothing to write to: Python then binds the name to the new object
+    __imul__, __itruediv__, __iadd__, __isub__ = __mul__, __truediv__, __add__, __sub__
+
+    # --- what is computed without N x C
+
+    def _last(self, dim: Any) -> bool:
+        return isinstance(dim, int) and not self.class_first and dim % self.ndim == self.ndim - 1
+
+    def topk(self, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
+        if not self._last(dim) or not largest or not 1 <= k <= self.shape[-1]:
+            return self.written_out("topk").topk(k, dim, largest, sorted)
+        with torch.no_grad():
+            ((values, indices),), _ = reduce_logits(self.detach().stream, None, (TopK((float(k),)),), engine=self.engine)
+        values, indices = (t.reshape(*self.lead, k) for t in (values, indices))
+        if torch.is_grad_enabled() and self.requires_grad:
+            values = self.gather(-1, indices)
+        return torch.return_types.topk((values.to(self.dtype), indices))
+
+    def argmax(self, dim: Any = None, keepdim: bool = False) -> Any:
+        if not self._last(dim):
+            return self.written_out("argmax").argmax(dim, keepdim)
+        with torch.no_grad():
+            indices = self.detach().topk(1)[1]
+        return indices if keepdim else indices.squeeze(-1)
+
+    def max(self, dim: Any = None, keepdim: bool = False) -> Any:
+        if not self._last(dim):
+            real = self.written_out("max")
+            return real.max() if dim is None else real.max(dim, keepdim)
+        values, indices = self.topk(1)
+        return torch.return_types.max((values, indices) if keepdim else (values.squeeze(-1), indices.squeeze(-1)))
+
+    def gather(self, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Any:
+        """The logits at index (*lead, K)."""
+        if not self._last(dim) or tuple(index.shape[:-1]) != tuple(self.lead):
+            return self.written_out("gather").gather(dim, index)
+        self.check()
+        _, picked = reduce_logits(self.stream, index.reshape(-1, index.shape[-1]), (LogSumExp(),), engine=self.engine)
+        assert picked is not None
+        return picked.reshape(index.shape).to(self.dtype)
+
+    def logsumexp(self, dim: Any, keepdim: bool = False) -> Any:
+        if not self._last(dim):
+            return self.written_out("logsumexp").logsumexp(dim, keepdim)
+        self.check()
+        ((m, l),), _ = reduce_logits(self.stream, None, (LogSumExp(),), engine=self.engine)  # noqa: E741
+        lse = log_sum_exp((m, l)).masked_fill(m == torch.inf, torch.inf).reshape(self.lead)
+        return (lse.unsqueeze(-1) if keepdim else lse).to(result_dtype(self.dtype))
+
+    def log_softmax(self, dim: Any = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Any:
+        from bigclass.heads.lazy.terms import LazyLogProbs  # made of lazy logits, so it stands above them
+
+        dim = -1 if dim is None and self.ndim == 2 else dim
+        if not self._last(dim):
+            return self.written_out("log_softmax").log_softmax(dim, dtype=dtype)
+        return LazyLogProbs(self if dtype is None else self.to(dtype))
+
+    def cross_entropy(
+        self, target: Any, weight: Tensor | None = None, size_average=None, ignore_index: int = -100, reduce=None,
+        reduction: str = "mean", label_smoothing: float = 0.0, **more: Any,
+    ) -> Any:  # fmt: skip
+        """`F.cross_entropy(self, target, ...)`, streamed."""
+        if size_average is not None or reduce is not None:
+            reduction = legacy.legacy_get_string(size_average, reduce)
+        if self.ndim > 2 and not self.class_first:  # torch takes the second axis for the classes there
+            real = self.written_out("cross_entropy over the second of more than two axes")
+            return F.cross_entropy(real, target, weight, None, ignore_index, None, reduction, label_smoothing)
+        self.check()
+        if isinstance(target, Tensor) and self.class_first and target.dim() == self.ndim:
+            target = target.movedim(1, -1)
+        soft = isinstance(target, SparseTarget) or (isinstance(target, Tensor) and target.is_floating_point())
+        if soft and ignore_index >= 0:
+            raise ArgumentError("ignore_index: is not supported for floating point targets")
+        weight = None if weight is None else weight.to(self.stream.accumulate_dtype)
+        loss = cross_entropy(
+            self.stream, self.lead, target, weight=weight, reduction=reduction, ignore_index=None if soft else ignore_index,
+            label_smoothing=label_smoothing, engine=self.engine, **more,
+        )  # fmt: skip
+        return loss.to(result_dtype(self.dtype))
+
+
+def lazy_logits(features: Tensor, weight: Tensor, bias: Tensor | None, maps: tuple = (), engine: str = "auto") -> LazyLogits:
+    """The logits maps(features weight^T + bias) of features (..., D), not yet made."""
+    check_linear(features, weight, bias)
+    device = features.device.type
+    compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    if compute is not None and torch.float64 in (features.dtype, weight.dtype):
+        compute = None  # autocast leaves float64 alone
+    dtype = compute or torch.promote_types(features.dtype, weight.dtype)
+    # aliases, so that wrappers see tensors that the module made rather than its parameters
+    b = None if bias is None else bias.view_as(bias)
+    x = features.reshape(-1, features.shape[-1])
+    stream = Stream(((x, weight.view_as(weight)),), bias=b, maps=maps, compute_dtype=compute)
+    versions = None if torch.compiler.is_compiling() else _versions(stream)
+    return LazyLogits(stream, tuple(features.shape[:-1]), dtype, engine, False, versions)
+
+
+def _versions(stream: Stream) -> tuple[int, ...]:
+    return tuple(t._version for t in stream.tensors)
+
+
+def _probe(lazy: LazyLogits) -> Tensor:
+    """A tensor with the dtype and the number of axes of the logits, for torch's promotion rules."""
+    return torch.empty((0,) * lazy.ndim, dtype=lazy.dtype, device="meta" if lazy.device.type == "cpu" else lazy.device)
+
+
+def _joined(maps: tuple) -> tuple:
+    """The same maps, fewer: scale, tanh, scale back is a soft cap; two scales by numbers are one."""
+    if len(maps) > 1 and isinstance(maps[-1], Scale) and maps[-1].numbers and isinstance(maps[-2], Scale) and maps[-2].numbers:
+        maps = (*maps[:-2], Scale.by(maps[-1].numbers[0] * maps[-2].numbers[0]))
+    return maps
+
+
+def _flatten(lazy: LazyLogits):
+    return lazy.stream.tensors, (lazy.stream, lazy.lead, lazy.dtype, lazy.engine, lazy.class_first, lazy.versions is not None)
+
+
+def _unflatten(leaves, context):
+    stream, lead, dtype, engine, class_first, versioned = context
+    leaves = list(leaves)
+    if all(isinstance(t, Tensor) for t in leaves):
+        stream = stream.with_tensors(leaves)
+        return LazyLogits(stream, lead, dtype, engine, class_first, _versions(stream) if versioned else None)
+    return _Leaves(leaves, context)
+
+
+@dataclass
+class _Leaves:
+    """A pytree of lazy logits whose leaves are no tensors for a while."""
+
+    leaves: list
+    context: Any
+
+
+pytree.register_pytree_node(_Leaves, lambda t: (t.leaves, t.context), _unflatten)
+pytree.register_pytree_node(LazyLogits, _flatten, _unflatten, serialized_type_name="bigclass.LazyLogits")

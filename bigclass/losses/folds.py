@@ -1,0 +1,278 @@
+"""Folds that single losses need beside those of the core."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bigclass.core.folds import Fold, SumFold, register_fold
+from bigclass.core.guards import autograd_inside_op
+from bigclass.core.triton_form import triton_form
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+_LOWEST = -1e4  # e^u is 0 far above this, and u e^u must be 0 and not NaN at u = -inf
+
+
+def _shifted(s: Tensor) -> tuple[Tensor, Tensor]:
+    """(m, s - m), with m finite where it is subtracted, and s - m not below `_LOWEST`."""
+    m = s.detach().amax(-1, keepdim=True)
+    return m, (s - m.clamp_min(torch.finfo(m.dtype).min)).clamp_min(_LOWEST)
+
+
+@register_fold
+@dataclass(frozen=True, eq=False)
+class WeightedExp(Fold):
+    """(m, sum_j t_ij e^(s_ij - m)) with a full (N, C) tensor t of constants: the mass of softmax(s) under t, before division by l."""
+
+    name: ClassVar[str] = "weighted_exp"
+    tensor_axes: ClassVar[tuple[str, ...]] = ("grid",)
+    differentiable: ClassVar[tuple[bool, ...]] = (False, True)
+
+    def identity(self, n, like):
+        return like.new_full((n, 1), -math.inf), like.new_zeros((n, 1))
+
+    def lift(self, tile, tensors):
+        m, u = _shifted(tile.logits(self.exclude_picks))
+        return m, (torch.exp(u) * tensors[0]).sum(-1, keepdim=True)
+
+    def merge(self, a, b):
+        m = torch.maximum(a[0], b[0])
+        ref = m.clamp_min(torch.finfo(m.dtype).min)
+        return m, a[1] * torch.exp(a[0] - ref) + b[1] * torch.exp(b[0] - ref)
+
+    def gradient(self, tile, tensors, state, grads, out):
+        s = tile.logits(self.exclude_picks)
+        torch.sub(s, state[0].clamp_min(torch.finfo(s.dtype).min), out=out)
+        assert grads[1] is not None  # an engine asks for no gradient of a fold that got none
+        return out.exp_().mul_(tensors[0]).mul_(grads[1])
+
+    @triton_form
+    def lift_triton(s, t):
+        m = tl.max(s, axis=1)
+        ref = tl.where(m == float("-inf"), 0.0, m)
+        return m, tl.sum(t * tl.exp2((s - ref[:, None]) * 1.4426950408889634), axis=1)
+
+    @triton_form
+    def merge_triton(m, l, m2, l2):  # noqa: E741
+        top = tl.maximum(m, m2)
+        ref = tl.where(top == float("-inf"), 0.0, top)
+        return top, l * tl.exp2((m - ref) * 1.4426950408889634) + l2 * tl.exp2((m2 - ref) * 1.4426950408889634)
+
+    @triton_form
+    def gradient_triton(s, m, l, g, t):  # noqa: E741
+        ref = tl.where(m == float("-inf"), 0.0, m)
+        return tl.exp2((s - ref[:, None]) * 1.4426950408889634) * t * g[:, None]
+
+
+@register_fold
+@dataclass(frozen=True, eq=False)
+class TemperedMoment(Fold):
+    """(m, sum_j e^(a u_j), sum_j u_j e^(a u_j)) with u = s - m and a number a > 0: sums of p^a and of p^a log p."""
+
+    name: ClassVar[str] = "tempered_moment"
+    differentiable: ClassVar[tuple[bool, ...]] = (False, True, True)
+
+    def identity(self, n, like):
+        return like.new_full((n, 1), -math.inf), like.new_zeros((n, 1)), like.new_zeros((n, 1))
+
+    def lift(self, tile, tensors):
+        m, u = _shifted(tile.logits(self.exclude_picks))
+        e = torch.exp(u * self.numbers[0])
+        return m, e.sum(-1, keepdim=True), (u * e).sum(-1, keepdim=True)
+
+    def merge(self, a, b):
+        m = torch.maximum(a[0], b[0])
+        ref = m.clamp_min(torch.finfo(m.dtype).min)
+        l, t = 0.0, 0.0  # noqa: E741
+        for state in (a, b):
+            down = (state[0] - ref).clamp_min(_LOWEST)
+            shrink = torch.exp(down * self.numbers[0])
+            l = l + state[1] * shrink  # noqa: E741
+            t = t + (state[2] + down * state[1]) * shrink
+        return m, l, t
+
+    def gradient(self, tile, tensors, state, grads, out):
+        s = tile.logits(self.exclude_picks)
+        power = self.numbers[0]
+        u = torch.sub(s, state[0].clamp_min(torch.finfo(s.dtype).min), out=out).clamp_(min=_LOWEST)
+        e = torch.exp(u * power)
+        g_l, g_t = (0.0 if g is None else g for g in grads[1:])
+        return u.mul_(power).add_(1.0).mul_(g_t).add_(power * g_l).mul_(e)
+
+    @triton_form
+    def lift_triton(s, a):
+        m = tl.max(s, axis=1)
+        u = s - tl.where(m == float("-inf"), 0.0, m)[:, None]
+        u = tl.where(u < -1e4, -1e4, u)  # keeps NaN, which tl.maximum would not
+        e = tl.exp2(u * a * 1.4426950408889634)
+        return m, tl.sum(e, axis=1), tl.sum(u * e, axis=1)
+
+    @triton_form
+    def merge_triton(m, l, t, m2, l2, t2, a):  # noqa: E741
+        top = tl.maximum(m, m2)
+        ref = tl.where(top == float("-inf"), 0.0, top)
+        d = m - ref
+        d = tl.where(d < -1e4, -1e4, d)
+        d2 = m2 - ref
+        d2 = tl.where(d2 < -1e4, -1e4, d2)
+        k = tl.exp2(d * a * 1.4426950408889634)
+        k2 = tl.exp2(d2 * a * 1.4426950408889634)
+        return top, l * k + l2 * k2, (t + d * l) * k + (t2 + d2 * l2) * k2
+
+    @triton_form
+    def gradient_triton(s, m, l, t, g_l, g_t, a):  # noqa: E741
+        u = s - tl.where(m == float("-inf"), 0.0, m)[:, None]
+        u = tl.where(u < -1e4, -1e4, u)
+        return tl.exp2(u * a * 1.4426950408889634) * (a * g_l[:, None] + (1.0 + a * u) * g_t[:, None])
+
+
+class ElementwiseFold(SumFold):
+    """A `SumFold` whose slope is not written out: autograd differentiates `term`, a tile at a time. No Triton form."""
+
+    def gradient(self, tile, tensors, state, grads, out):
+        with autograd_inside_op():
+            s = tile.s.detach().requires_grad_()
+            term = self.term(s, self.numbers, [t.detach() for t in tensors])
+            (slope,) = torch.autograd.grad(term.sum(), s)
+        torch.mul(slope, grads[0], out=out)
+        return tile.clear_picks(out) if self.exclude_picks else out
+
+
+def _bce(s: Tensor, t: float | Tensor, p: float | Tensor) -> Tensor:
+    """(1 - t) sp(s) + t p sp(-s), with what both softplus share computed once."""
+    shared = F.softplus(s.abs().neg_())
+    positive = t * p
+    return shared.mul_(1.0 - t + positive).add_(s.relu() * (1.0 - t)).add_((-s).relu_() * positive)
+
+
+def _bce_slope(s: Tensor, t: float | Tensor, p: float | Tensor) -> Tensor:
+    return torch.sigmoid(s).mul_(1.0 - t).sub_(torch.sigmoid(-s) * (t * p))
+
+
+@register_fold
+@dataclass(frozen=True, eq=False)
+class BinaryCrossEntropy(SumFold):
+    """sum_j (1 - t) sp(s_j) + t sp(-s_j), sp(s) = log(1 + e^s), for one number t."""
+
+    name: ClassVar[str] = "bce"
+
+    @staticmethod
+    def term(s, numbers, tensors):
+        return F.softplus(s) if numbers[0] == 0.0 else _bce(s, numbers[0], 1.0)
+
+    @staticmethod
+    def slope(s, numbers, tensors):
+        return torch.sigmoid(s).sub_(numbers[0])
+
+    @triton_form
+    def term_triton(s, t):
+        e = tl.exp2(-tl.abs(s) * 1.4426950408889634)
+        u = 1.0 + e
+        log1p = tl.where(u == 1.0, e, tl.log(u) * (e / (u - 1.0)))  # Kahan's: log u alone loses e below 2^-24
+        return tl.where(s > 0.0, (1.0 - t) * s, -t * s) + log1p  # pyright: ignore[reportOperatorIssue]
+
+    @triton_form
+    def slope_triton(s, t):
+        e = tl.exp2(-tl.abs(s) * 1.4426950408889634)
+        return tl.where(s < 0.0, e, 1.0) / (1.0 + e) - t  # pyright: ignore[reportOperatorIssue]
+
+
+@register_fold
+@dataclass(frozen=True, eq=False)
+class WeightedBinaryCrossEntropy(SumFold):
+    """sum_j w_j [(1 - t) sp(s_j) + t p_j sp(-s_j)] for one number t and class vectors w, p."""
+
+    name: ClassVar[str] = "bce_weighted"
+    tensor_axes: ClassVar[tuple[str, ...]] = ("folded", "folded")
+
+    @staticmethod
+    def term(s, numbers, tensors):
+        return _bce(s, numbers[0], tensors[1]) * tensors[0]
+
+    @staticmethod
+    def slope(s, numbers, tensors):
+        return _bce_slope(s, numbers[0], tensors[1]) * tensors[0]
+
+
+@register_fold
+@dataclass(frozen=True, eq=False)
+class DenseBinaryCrossEntropy(SumFold):
+    """sum_j w_j [(1 - t_ij) sp(s_j) + t_ij p_j sp(-s_j)] with a full (N, C) tensor t and, if given, class vectors w, p."""
+
+    name: ClassVar[str] = "bce_dense"
+    tensor_axes: ClassVar[tuple[str, ...]] = ("grid", "folded", "folded")
+
+    @staticmethod
+    def term(s, numbers, tensors):
+        if len(tensors) == 1:
+            return _bce(s, tensors[0], 1.0)
+        return _bce(s, tensors[0], tensors[2]) * tensors[1]
+
+    @staticmethod
+    def slope(s, numbers, tensors):
+        if len(tensors) == 1:
+            return torch.sigmoid(s).sub_(tensors[0])
+        return _bce_slope(s, tensors[0], tensors[2]) * tensors[1]
+
+
+def _asymmetric(s: Tensor, t: Tensor | float, numbers) -> Tensor:
+    """timm's AsymmetricLossMultiLabel before its class weights (Ridnik et al., arXiv:2009.14119), with its clamps.
+
+    numbers: gamma_neg, gamma_pos, clip, eps, are the focusing weights constants, pos_weight."""
+    gamma_neg, gamma_pos, clip, eps, constant, pos_weight = numbers
+    p = torch.sigmoid(s)
+    q = 1.0 - p
+    if clip > 0.0:
+        q = (q + clip).clamp(max=1.0)
+    value = t * torch.log(p.clamp(min=eps)) * pos_weight + (1.0 - t) * torch.log(q.clamp(min=eps))
+    if gamma_neg > 0.0 or gamma_pos > 0.0:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not constant):
+            focus = torch.pow(1.0 - (p * t + q * (1.0 - t)), gamma_pos * t + gamma_neg * (1.0 - t))
+        value = value * focus
+    return -value
+
+
+@register_fold
+@dataclass(frozen=True, eq=False)
+class DenseAsymmetric(ElementwiseFold):
+    """Asymmetric loss against a full (N, C) tensor t, times class weights w if given and with positives times a class vector p."""
+
+    name: ClassVar[str] = "asymmetric_dense"
+    tensor_axes: ClassVar[tuple[str, ...]] = ("grid", "folded", "folded")
+
+    @staticmethod
+    def term(s, numbers, tensors):
+        if len(tensors) == 1:
+            return _asymmetric(s, tensors[0], (*numbers, 1.0))
+        return _asymmetric(s, tensors[0], (*numbers, tensors[2])) * tensors[1]
+
+
+@register_fold
+@dataclass(frozen=True, eq=False)
+class DensePoly(ElementwiseFold):
+    """Poly-1 of the (focal) binary cross-entropy against a full (N, C) tensor t: arXiv:2204.12511, as timm's PolyBinaryCrossEntropy.
+
+    numbers: epsilon, gamma, alpha (negative: none)."""
+
+    name: ClassVar[str] = "poly_dense"
+    tensor_axes: ClassVar[tuple[str, ...]] = ("grid",)
+
+    @staticmethod
+    def term(s, numbers, tensors):
+        (epsilon, gamma, alpha), t = numbers, tensors[0]
+        p = torch.sigmoid(s)
+        missing = 1.0 - (t * p + (1.0 - t) * (1.0 - p))
+        value = F.binary_cross_entropy_with_logits(s, t, reduction="none")
+        poly = missing
+        if gamma:
+            focal = missing**gamma
+            value, poly = value * focal, poly * focal
+        value = value + epsilon * poly
+        return value if alpha < 0.0 else value * (t * alpha + (1.0 - t) * (1.0 - alpha))

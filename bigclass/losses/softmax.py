@@ -1,0 +1,299 @@
+"""The softmax losses as arithmetic on what a stream is folded to, and their reductions.
+
+With the target y left out of the log-sum-exp (LSE_rest) nothing cancels when a row is confident:
+
+    nll_i  = -log sigmoid(s_iy - LSE_rest_i)          LSE_i = s_iy (+) LSE_rest_i          ((+): log of the sum of exponentials)
+    loss_i = (1 - eps) v_y nll_i  +  eps/C (V LSE_i - sum_j v_j s_ij)  +  z LSE_i^2     V = sum_j v_j
+
+eps: label smoothing, v: class weights, z: z-loss. Class probabilities t, t' = (1 - eps) t + eps/C:
+
+    loss_i = LSE_i sum_j v_j t'_ij - sum_j v_j t'_ij s_ij  +  z LSE_i^2
+
+The same for a few classes a row (`SparseTarget`), all of them left out of LSE_rest, with nll_ik = log(1 + e^(others_ik - s_ik)) and
+others_ik the log-sum-exp of all logits but the k-th pick:
+
+    loss_i = sum_k (1 - eps) v_k t_ik nll_ik  +  floor' (V LSE_i - sum_j v_j s_ij)  +  z LSE_i^2     floor' = (1 - eps) floor + eps/C
+
+Poly-1 (Leng et al., arXiv:2204.12511) adds poly (1 - p_t), p_t = sum_j t'_ij p_ij; for an index (1 - eps) (1 - p_y) + eps (1 - 1/C).
+
+The mean divides by the sum of v_y over kept rows (probabilities, sparse ones too: by the number of rows), as
+torch.nn.functional.cross_entropy does. All constant factors, that divisor included, enter as row vectors, so that the upstream
+gradient is 1 in plain training.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bigclass.core.folds import Dot, Fold, LogSumExp, Total, log_sum, log_sum_exp
+from bigclass.core.guards import autocast_off
+from bigclass.core.op import reduce_logits, stream_loss
+from bigclass.core.row_losses import ROW_LOSSES, register_row_loss
+from bigclass.core.stream import Stream
+from bigclass.core.topk import TopK
+from bigclass.losses.folds import WeightedExp
+from bigclass.losses.inputs import check_range, kept_picks, kept_rows
+from bigclass.losses.targets import SparseTarget
+
+
+class Stats(NamedTuple):
+    """What `return_stats=True` adds to the loss; row-wise fields have the shape of `reduction="none"`.
+
+    lse: log-sum-exp of each row's logits, differentiable, 0 where ignored. correct: does the target have the largest logit?
+    kept_share: share of the gradient's columns that were computed. promised_error: bound on what was dropped. Exact: 1 and 0.
+    """
+
+    lse: Tensor
+    correct: Tensor
+    kept_share: float = 1.0
+    promised_error: float = 0.0
+
+
+def _certain_is_nan(s: Tensor) -> Tensor:
+    """torch's loss is NaN for a target logit of +inf; the excluded form alone would call it certain."""
+    return s * torch.where(s == torch.inf, torch.nan, 1.0)  # a product, so that its gradient is NaN too
+
+
+@register_row_loss("cross_entropy")
+def index_row_loss(folds, picked, args, numbers):
+    """args: (N,) factors of nll [, of LSE, of the weighted sum of logits] [, of 1 - p_t] [, of LSE^2].
+
+    numbers: smoothing, is there a z-loss, is there a Poly-1 term."""
+    eps, z, poly = numbers[:3]
+    rest, s = folds[0], _certain_is_nan(picked[:, 0])
+    factor = iter(args)
+    gap = (s - rest[0]) - log_sum(rest)
+    loss = next(factor) * -F.logsigmoid(gap)  # log sigmoid keeps its digits on both sides
+    lse = torch.logaddexp(log_sum_exp(rest), s) if eps or z else s
+    if eps:
+        loss = loss + (next(factor) * lse - next(factor) * folds[1][0])
+    if poly:
+        loss = loss + next(factor) * ((1.0 - eps) * torch.sigmoid(-gap) + numbers[3])
+    if z:
+        loss = loss + next(factor) * lse.square()
+    return loss
+
+
+@register_row_loss("cross_entropy_probabilities")
+def probability_row_loss(folds, picked, args, numbers):
+    """args: (N,) factors of LSE, of sum_j v_j t_ij s_ij [, of sum_j v_j s_ij] [, of 1 - p_t] [, of LSE^2].
+
+    numbers: smoothing, is there a z-loss, is there a Poly-1 term, what smoothing adds to p_t."""
+    eps, z, poly = numbers[:3]
+    lse = log_sum_exp(folds[0])
+    factor = iter(args)
+    loss = next(factor) * lse - next(factor) * folds[1][0]
+    if eps:
+        loss = loss - next(factor) * folds[2][0]
+    if poly:
+        m, mass = folds[-1]
+        loss = loss + next(factor) * (1.0 - ((1.0 - eps) * mass * torch.exp(m - lse) + numbers[3]))
+    if z:
+        loss = loss + next(factor) * lse.square()
+    return loss
+
+
+@register_row_loss("cross_entropy_sparse")
+def sparse_row_loss(folds, picked, args, numbers):
+    """args: (N, K) which picks there are, (N, K) factors of nll_ik [, (N,) of LSE, of sum_j v_j s_ij] [, (N, K) t' without its floor,
+    (N,) of 1 - p_t] [, (N,) of LSE^2]. numbers: is there a floor, is there a z-loss, is there a Poly-1 term, the floor of t'."""
+    floor, z, poly = numbers[:3]
+    rest = log_sum_exp(folds[0])
+    factor = iter(args)
+    s = torch.where(next(factor) > 0, _certain_is_nan(picked), torch.finfo(picked.dtype).min)
+    others = _others(rest, s)
+    loss = (next(factor) * F.softplus(others - s)).sum(1)
+    lse = torch.logaddexp(others[:, 0], s[:, 0]) if floor or z else rest
+    if floor:
+        loss = loss + (next(factor) * lse - next(factor) * folds[1][0])
+    if poly:
+        p_t = (next(factor) * torch.sigmoid(s - others)).sum(1) + numbers[3]
+        loss = loss + next(factor) * (1.0 - p_t)
+    if z:
+        loss = loss + next(factor) * lse.square()
+    return loss
+
+
+def _others(rest: Tensor, s: Tensor) -> Tensor:
+    """(N, K): the log-sum-exp of rest (N,) and of every column of s (N, K) but the k-th."""
+    before = torch.cat((rest.clamp_min(torch.finfo(s.dtype).min).unsqueeze(1), s[:, :-1]), 1).logcumsumexp(1)
+    if s.shape[1] == 1:
+        return before
+    after = s[:, 1:].flip(1).logcumsumexp(1).flip(1)
+    return torch.cat((torch.logaddexp(before[:, :-1], after), before[:, -1:]), 1)
+
+
+class Options(NamedTuple):
+    """weight (C,) or None, label smoothing, coefficients of the z-loss and of Poly-1, ignored index, engine."""
+
+    weight: Tensor | None = None
+    smoothing: float = 0.0
+    z_loss: float = 0.0
+    poly: float = 0.0
+    ignore_index: int = -100
+    engine: str = "auto"
+
+
+class Task(NamedTuple):
+    """One linear layer with its targets: (N,) indices, (N, C) probabilities, or N rows of few classes."""
+
+    stream: Stream
+    target: Tensor | SparseTarget
+    options: Options
+
+
+def finish(tasks: list[Task], shape, reduction: str, return_stats: bool):
+    """Losses (and stats) of one linear layer, or of one for each position, reduced together."""
+    prepared = [_prepare(task) for task in tasks]
+    factor = None
+    if reduction == "mean":
+        factor = _inverse(sum([p.mass for p in prepared])), _inverse(sum([p.rows for p in prepared]))
+    outs = [_run(p, factor, reduction == "none", return_stats) for p in prepared]
+    if reduction == "none":
+        loss = _join([loss for loss, _ in outs], shape)
+    else:
+        loss = outs[0][0] if len(outs) == 1 else torch.stack([loss for loss, _ in outs]).sum()
+        if factor is not None and (isinstance(factor[0], Tensor) or math.isinf(factor[0])):
+            loss = loss + factor[0] * 0.0  # nothing kept: 0 / 0, which is torch's answer too
+            loss = loss.to(tasks[0].stream.accumulate_dtype)
+    if not return_stats:
+        return loss
+    stats = [s for _, s in outs if s is not None]
+    return loss, Stats(_join([s.lse for s in stats], shape), _join([s.correct for s in stats], shape))
+
+
+def _inverse(mass: float | Tensor) -> float | Tensor:
+    return 1.0 / mass if isinstance(mass, Tensor) or mass else math.inf
+
+
+def _join(parts: list[Tensor], shape) -> Tensor:
+    return (parts[0] if len(parts) == 1 else torch.stack(parts, 1)).reshape(shape)
+
+
+def _factor_dtype(stream: Stream) -> torch.dtype:
+    """Of the row factors and of the sum over rows: float64, for 1/N in fp32 would shift every loss by the same rounding."""
+    return torch.float32 if stream.device.type == "mps" else torch.float64
+
+
+class _Prepared(NamedTuple):
+    """A task ready to run: folds and picks, what the mean divides by, and the constant factors before that division.
+
+    mass: sum of v_y over kept rows. rows: number of kept rows. factors: of the row loss, in its order, without those of the terms that
+    are divided by `rows` (Poly-1 and z-loss): numbers, scalars or (N,) in float64. plain: what the row loss takes undivided, before them.
+    poly: what it takes between them and the Poly-1 factor. numbers: its constants.
+    """
+
+    task: Task
+    picks: Tensor | None
+    keep: Tensor | None
+    folds: tuple[Fold, ...]
+    row_loss: str
+    factors: list[float | Tensor]
+    mass: float | Tensor
+    rows: float | Tensor
+    numbers: tuple[float, ...]
+    plain: tuple[Tensor, ...] = ()
+    poly: tuple[Tensor, ...] = ()
+
+
+def _prepare(task: Task) -> _Prepared:
+    stream, target, options = task
+    (n, c), exact = stream.shape, _factor_dtype(stream)
+    eps, v = options.smoothing, None if options.weight is None else options.weight.to(stream.accumulate_dtype)
+    if isinstance(target, SparseTarget):
+        return _prepare_sparse(task, v)
+    factors: list[float | Tensor]
+    rows: float | Tensor = float(n)
+    smooth_folds = (Total(tensors=() if v is None else (v,)),) if eps else ()
+    smooth_mass = eps if v is None else v.sum(dtype=exact) * (eps / c)
+    numbers = (eps, float(bool(options.z_loss)), float(bool(options.poly)))
+    if target.dim() == 2:
+        wide = stream.accumulate_dtype
+        with autocast_off(target.device):
+            sums = target.sum(-1, dtype=wide) if v is None else torch.cat([part.to(wide) @ v for part in target.split(1024)])
+        factors = [(1.0 - eps) * sums.to(exact) + smooth_mass, 1.0 - eps, *([eps / c] if eps else [])]
+        poly_folds = (WeightedExp(tensors=(target,)),) if options.poly else ()
+        folds = (LogSumExp(), Dot(tensors=(target,) if v is None else (target, v)), *smooth_folds, *poly_folds)
+        return _Prepared(task, None, None, folds, "cross_entropy_probabilities", factors, rows, rows, (*numbers, eps / c))
+    keep = kept_rows(target, options.ignore_index)
+    check_range("target", target, keep, c)
+    picks = kept_picks(target, keep, c)
+    if keep is not None:
+        rows = keep.sum(dtype=exact)
+    mass = rows
+    factors = [1.0 - eps, *([smooth_mass, eps / c] if eps else [])]
+    if v is not None:
+        chosen = v[picks.squeeze(-1).clamp(0, c - 1)].to(exact)
+        factors[0] = (1.0 - eps) * chosen
+        mass = (chosen if keep is None else torch.where(keep, chosen, 0.0)).sum()
+    folds = (LogSumExp(exclude_picks=True), *smooth_folds)
+    return _Prepared(task, picks, keep, folds, "cross_entropy", factors, mass, rows, (*numbers, eps * (1.0 - 1.0 / c)))
+
+
+def _prepare_sparse(task: Task, v: Tensor | None) -> _Prepared:
+    stream, target, options = task
+    assert isinstance(target, SparseTarget)
+    (n, c), exact, eps = stream.shape, _factor_dtype(stream), options.smoothing
+    picks, weights = target.merged()
+    check_range("target", picks, picks >= 0, c)
+    used = picks >= 0
+    picks = torch.where(picks < -1, c, picks)  # so that the op's own check sees it
+    floor = (1.0 - eps) * target.floor + eps / c
+    t = (1.0 - eps) * weights.to(exact)
+    factors: list[float | Tensor] = [t if v is None else t * v[picks.clamp(0, c - 1)].to(exact)]
+    if floor:
+        factors += [floor * c if v is None else floor * v.sum(dtype=exact), floor]
+    folds = (LogSumExp(exclude_picks=True), *((Total(tensors=() if v is None else (v,)),) if floor else ()))
+    numbers = (float(bool(floor)), float(bool(options.z_loss)), float(bool(options.poly)), floor)
+    plain, rows = (used.to(exact),), float(n)
+    return _Prepared(task, picks, None, folds, "cross_entropy_sparse", factors, rows, rows, numbers, plain, (t,) if options.poly else ())
+
+
+def _run(
+    p: _Prepared, factor: tuple[float | Tensor, float | Tensor] | None, rowwise: bool, return_stats: bool
+) -> tuple[Tensor, Stats | None]:
+    """The loss (a sum, or (N,)) and the stats of one prepared task."""
+    stream, _, options = p.task
+    by_mass, by_rows = (1.0, 1.0) if factor is None else factor
+    factors = [f * by_mass for f in p.factors]
+    if options.poly:
+        factors += [*p.poly, options.poly * by_rows]
+    if options.z_loss:
+        factors.append(options.z_loss * by_rows)
+    args = [*p.plain, *[_rows(f, stream) for f in factors]]
+    if p.keep is not None:  # nothing kept: 1 / 0, which the dense engine's autograd would multiply by 0 and hand NaN to dw
+        args = [torch.where(p.keep, f, 0.0) for f in args]
+    if not rowwise and not return_stats:
+        return stream_loss(stream, p.picks, p.folds, p.row_loss, args, p.numbers, keep=p.keep, engine=options.engine), None
+    by_probability = p.picks is None
+    folds = (*p.folds, TopK((1,))) if by_probability and return_stats else p.folds
+    states, picked = reduce_logits(stream, p.picks, folds, keep=p.keep, engine=options.engine)
+    loss = ROW_LOSSES[p.row_loss](states[: len(p.folds)], picked, args, p.numbers)
+    lse = log_sum_exp(states[0])
+    if picked is not None:
+        there = picked if not p.plain else torch.where(p.plain[0] > 0, picked, torch.finfo(picked.dtype).min)
+        aim = there if not p.plain else there.gather(1, p.factors[0].argmax(1, keepdim=True))  # type: ignore[union-attr]
+        correct = (aim[:, 0] >= states[0][0]) & (aim[:, 0] >= there.amax(1))
+        lse = torch.logaddexp(lse, there.logsumexp(1))
+    elif return_stats:
+        assert isinstance(p.task.target, Tensor)
+        correct = p.task.target.argmax(-1) == states[-1][1]
+    else:
+        return (loss if rowwise else loss.sum()).to(stream.accumulate_dtype), None
+    if p.keep is not None:
+        loss, lse = torch.where(p.keep, loss, 0.0), torch.where(p.keep, lse, 0.0)
+        correct = correct & p.keep
+    loss = (loss if rowwise else loss.sum()).to(stream.accumulate_dtype)
+    return loss, Stats(lse, correct)
+
+
+def _rows(factor: float | Tensor, stream: Stream) -> Tensor:
+    """A factor of the row loss with its N rows."""
+    if isinstance(factor, Tensor):
+        return factor if factor.dim() else factor.expand(stream.shape[0])
+    return stream.tensors[0].new_full((), factor, dtype=_factor_dtype(stream)).expand(stream.shape[0])

@@ -1,0 +1,124 @@
+"""Targets that stay small: a few classes a row instead of N x C probabilities."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from bigclass.core.errors import ArgumentError, ArgumentTypeError
+
+
+@dataclass(frozen=True, eq=False)
+class SparseTarget:
+    r"""Soft targets with few classes a row: t_ij = floor + sum_k weights_ik [indices_ik = j].
+
+    Mixup and cutmix are two classes a row, label smoothing is the floor, several positives are K of them. It goes where class
+    probabilities go: `linear_cross_entropy`, a head's `target`, `F.cross_entropy` and timm's SoftTargetCrossEntropy on lazy logits.
+
+    Args:
+        indices: (..., K) class indices, int64 or int32; -1 is none. A class that stands twice in a row gets the sum of its weights.
+        weights: (..., K), floating point.
+        num_classes: C.
+        floor: what every class of every row gets beside.
+
+    Example:
+        >>> y, lam = torch.randint(1000, (8,)), 0.3  # mixup: each image with the last, the one before ...
+        >>> t = SparseTarget(torch.stack((y, y.flip(0)), 1), torch.tensor([lam, 1 - lam]).expand(8, 2), num_classes=1000)
+        >>> loss = bigclass.linear_cross_entropy(features, weight, t)
+    """
+
+    indices: Tensor
+    weights: Tensor
+    num_classes: int
+    floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.indices, Tensor) or not isinstance(self.weights, Tensor):
+            return  # while a pytree is taken apart its leaves may be anything
+        if self.indices.dtype not in (torch.int64, torch.int32):
+            raise ArgumentTypeError(f"indices: expected int64 or int32 class indices, got {self.indices.dtype}")
+        if not self.weights.is_floating_point():
+            raise ArgumentTypeError(f"weights: expected a floating-point tensor, got {self.weights.dtype}")
+        if self.indices.dim() < 1 or self.indices.shape != self.weights.shape:
+            raise ArgumentError(
+                f"weights: expected the shape of indices, (..., K) = {tuple(self.indices.shape)}, got {tuple(self.weights.shape)}"
+            )
+
+    @property
+    def shape(self) -> torch.Size:
+        """(..., C), the shape of the dense target."""
+        return torch.Size((*self.indices.shape[:-1], self.num_classes))
+
+    @property
+    def device(self) -> torch.device:
+        return self.indices.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weights.dtype
+
+    @property
+    def ndim(self) -> int:
+        return self.indices.ndim
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        return self.indices.ndim
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def to(self, *args: Any, **kwargs: Any) -> SparseTarget:
+        """Moved or cast as `Tensor.to` would; the indices keep their dtype."""
+        weights = self.weights.to(*args, **kwargs)
+        return replace(self, indices=self.indices.to(weights.device), weights=weights)
+
+    def __getitem__(self, rows: Any) -> SparseTarget:
+        """Some of the rows: an index of the first axis."""
+        if isinstance(rows, tuple):
+            raise ArgumentError(f"SparseTarget: only rows can be indexed, got {rows}")
+        return replace(self, indices=self.indices[rows], weights=self.weights[rows])
+
+    def __mul__(self, factor: Any) -> Any:
+        if isinstance(factor, int | float):
+            return replace(self, weights=self.weights * factor, floor=self.floor * factor)
+        return NotImplemented  # lazy log-probabilities know what to do
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> SparseTarget:
+        return self * -1.0
+
+    def dense(self) -> Tensor:
+        """(..., C) probabilities, written out. For small C and for tests."""
+        index = torch.where(self.indices < 0, self.num_classes, self.indices).long()
+        t = self.weights.new_full((*self.shape[:-1], self.num_classes + 1), self.floor)
+        return t.scatter_add(-1, index, self.weights)[..., :-1]
+
+    def merged(self) -> tuple[Tensor, Tensor]:
+        """(indices (N, K), weights (N, K)) with no class twice in a row: its first entry has the sum, the others are -1 and 0."""
+        k = self.indices.shape[-1]
+        index, weights = self.indices.reshape(-1, k).long(), self.weights.reshape(-1, k)
+        weights = weights.masked_fill(index == -1, 0.0)
+        if k == 1:
+            return index, weights
+        first = (index.unsqueeze(2) == index.unsqueeze(1)).to(torch.int8).argmax(2)  # (N, K): where the class stands first
+        merged = torch.zeros_like(weights).scatter_add(1, first, weights)
+        return torch.where(first == torch.arange(k, device=index.device), index, -1), merged
+
+
+def _flatten(t: SparseTarget):
+    return [t.indices, t.weights], (t.num_classes, t.floor)
+
+
+def _unflatten(children, context):
+    return SparseTarget(*children, *context)
+
+
+pytree.register_pytree_node(SparseTarget, _flatten, _unflatten, serialized_type_name="bigclass.SparseTarget")
