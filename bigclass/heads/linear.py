@@ -22,6 +22,11 @@ from bigclass.losses.log_prob import linear_topk
 from bigclass.losses.targets import SparseTarget
 
 
+def is_plain_linear(module: nn.Module) -> bool:
+    """Is this an `nn.Linear`, or timm's, that computes nothing else?"""
+    return type(module) is nn.Linear or (type(module).__module__, type(module).__name__) == ("timm.layers.linear", "Linear")
+
+
 class _LinearHead(nn.Linear):
     """What CCEHead and LMHead share: logits, loss and prediction under one soft cap and scale."""
 
@@ -49,8 +54,7 @@ class _LinearHead(nn.Linear):
         Raises:
             TypeError: for any other module. ValueError: for options that cannot work.
         """
-        plain = type(linear) is nn.Linear or (type(linear).__module__, type(linear).__name__) == ("timm.layers.linear", "Linear")
-        if not plain and not isinstance(linear, _LinearHead):
+        if not is_plain_linear(linear) and not isinstance(linear, _LinearHead):
             raise ArgumentTypeError(f"linear: expected an nn.Linear, got {type(linear).__module__}.{type(linear).__qualname__}")
         made = cls.__new__(cls)
         nn.Module.__init__(made)

@@ -101,6 +101,45 @@ def linear_cross_entropy(
     return arguments.run(make_stream(input, linear_weight, linear_bias, softcap, logit_scale), lead, target)
 
 
+def linear_poly_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor | SparseTarget,
+    *,
+    epsilon: float = 2.0,
+    linear_bias: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float | Tensor | None = None,
+    engine: str = "auto",
+) -> Tensor:
+    r"""Poly-1 loss of a linear layer: cross-entropy + epsilon (1 - p_t), p_t = sum_j t_ij softmax(s)_ij, without the N x C logits.
+
+    Args:
+        epsilon: coefficient of the Poly-1 term; 0 is cross-entropy. t is the smoothed target.
+        Everything else: as in `linear_cross_entropy`.
+
+    Returns:
+        The loss, as `linear_cross_entropy`. The mean divides by the number of kept rows.
+
+    Raises:
+        What `linear_cross_entropy` raises.
+
+    Example:
+        >>> loss = bigclass.linear_poly_cross_entropy(features, weight, labels, epsilon=2.0)
+
+    Leng et al., "PolyLoss", arXiv:2204.12511, equation 6.
+    """
+    check_linear(input, linear_weight, linear_bias)
+    stream = make_stream(input, linear_weight, linear_bias, softcap, logit_scale)
+    return cross_entropy(
+        stream, input.shape[:-1], target, poly=epsilon, reduction=reduction, ignore_index=ignore_index,
+        label_smoothing=label_smoothing, engine=engine,
+    )  # fmt: skip
+
+
 def cross_entropy(stream: Stream, lead: Sequence[int], target: Tensor | SparseTarget, **arguments: Any) -> Any:
     """`linear_cross_entropy` of a stream whose N rows are `lead`, with the arguments of `Arguments`."""
     checked = Arguments(**arguments)

@@ -1,7 +1,7 @@
 """One-vs-all losses against dense or single-label targets, as sums over classes of an elementwise term.
 
-    loss_i = sum_j term(s_ij, t_ij)            t a full (N, C) tensor: a fold reads it tile by tile
-    loss_i = sum_{j not y} term(s_ij, off) + term(s_iy, on)      one label y a row: no N x C target is made
+    loss_i = sum_j term(s_ij, t_ij)                                             t a full (N, C) tensor: a fold reads it tile by tile
+    loss_i = sum_{j not a pick} term(s_ij, floor) + sum_k term(s_ik, t_ik)      few classes a row: no N x C target is made
 
 Sparse positives over millions of labels belong to `MultiLabelHead` and its losses.
 """
@@ -21,7 +21,8 @@ from bigclass.core.op import reduce_logits, stream_loss
 from bigclass.core.row_losses import ROW_LOSSES, register_row_loss
 from bigclass.core.stream import Stream
 from bigclass.losses.folds import BinaryCrossEntropy, DenseBinaryCrossEntropy, WeightedBinaryCrossEntropy
-from bigclass.losses.inputs import check_index, check_range
+from bigclass.losses.inputs import check_range
+from bigclass.losses.targets import SparseTarget
 
 REDUCTIONS = ("none", "mean", "sum", "batchmean")
 
@@ -32,12 +33,15 @@ def sum_row_loss(folds, picked, args, numbers):
     return args[0] * folds[0][0]
 
 
-@register_row_loss("bce_index")
-def bce_index_row_loss(folds, picked, args, numbers):
-    """args: (N,) factor [, (N,) w_y, p_y]; numbers: the target of the label. The fold leaves the label out."""
-    factor, on, s = args[0], numbers[0], picked[:, 0]
-    w, p = args[1:] if len(args) > 1 else (1.0, 1.0)
-    return factor * (folds[0][0] + w * ((1.0 - on) * F.softplus(s) + on * p * F.softplus(-s)))
+@register_row_loss("bce_sparse")
+def bce_sparse_row_loss(folds, picked, args, numbers):
+    """args: (N,) factor, (N, K) which picks there are, (N, K) targets of the picks [, (N, K) w, p at the picks].
+
+    The fold holds the classes that are no picks."""
+    factor, there, t, *vectors = args
+    w, p = vectors or (1.0, 1.0)
+    terms = w * ((1.0 - t) * F.softplus(picked) + t * p * F.softplus(-picked))
+    return factor * (folds[0][0] + torch.where(there > 0, terms, 0.0).sum(1))
 
 
 def row_factor(n: int, c: int, reduction: str) -> float:
@@ -106,22 +110,25 @@ def both(stream: Stream, weight: Tensor | None, pos_weight: Tensor | None) -> tu
     return (ones if weight is None else weight, ones if pos_weight is None else pos_weight)
 
 
-def index_binary_cross_entropy(
-    stream: Stream, lead: Sequence[int], target: Tensor, *, on: float = 1.0, off: float = 0.0, weight: Tensor | None = None,
-    pos_weight: Tensor | None = None, reduction: str = "mean", engine: str = "auto",
+def sparse_binary_cross_entropy(
+    stream: Stream, lead: Sequence[int], target: SparseTarget, *, weight: Tensor | None = None, pos_weight: Tensor | None = None,
+    reduction: str = "mean", engine: str = "auto",
 ) -> Tensor:  # fmt: skip
-    """`binary_cross_entropy` against the target that is `on` at each row's label target (...) and `off` elsewhere."""
-    check_index("target", target, stream.device)
-    if tuple(target.shape) != tuple(lead):
-        raise ArgumentError(f"target: expected class indices of shape {tuple(lead)}, got {tuple(target.shape)}")
-    y = target.reshape(-1).long()
-    check_range("target", y, None, stream.shape[1])
-    y = torch.where(y < 0, stream.shape[1], y)  # so that the op's own check sees it
+    """`binary_cross_entropy` against a `SparseTarget` (..., C), without the N x C target."""
+    c = stream.shape[1]
+    if tuple(target.shape) != (*lead, c):
+        raise ArgumentError(f"target: expected the shape of the logits, {(*lead, c)}, got {tuple(target.shape)}")
+    if target.device != stream.device:
+        raise ArgumentError(f"target: expected device {stream.device} (that of the logits), got {target.device}")
+    picks, weights = target.merged()
+    there = picks >= 0
+    check_range("target", picks, picks != -1, c)
+    picks = torch.where(picks < -1, c, picks)  # so that the op's own check sees it
     vectors = both(stream, weight, pos_weight)
     kind = WeightedBinaryCrossEntropy if vectors else BinaryCrossEntropy
-    fold = kind(numbers=(off,), tensors=vectors, exclude_picks=True)
-    args = [v[y.clamp_max(stream.shape[1] - 1)] for v in vectors]
-    factor = row_factor(*stream.shape, reduction)
-    rowwise = reduction == "none"
-    loss = sum_of_rows(stream, y.unsqueeze(1), (fold,), "bce_index", args, (on,), factor=factor, rowwise=rowwise, engine=engine)
+    fold = kind(numbers=(target.floor,), tensors=vectors, exclude_picks=True)
+    wide = stream.accumulate_dtype
+    args = [there.to(wide), weights.to(wide) + target.floor, *[v[picks.clamp(0, c - 1)] for v in vectors]]
+    factor, rowwise = row_factor(*stream.shape, reduction), reduction == "none"
+    loss = sum_of_rows(stream, picks, (fold,), "bce_sparse", args, (), factor=factor, rowwise=rowwise, engine=engine)
     return loss.reshape(tuple(lead)) if rowwise else loss

@@ -85,12 +85,32 @@ class SparseTarget:
             raise ArgumentError(f"SparseTarget: only rows can be indexed, got {rows}")
         return replace(self, indices=self.indices[rows], weights=self.weights[rows])
 
+    def pin_memory(self) -> SparseTarget:
+        return replace(self, indices=self.indices.pin_memory(), weights=self.weights.pin_memory())
+
     def __mul__(self, factor: Any) -> Any:
         if isinstance(factor, int | float):
             return replace(self, weights=self.weights * factor, floor=self.floor * factor)
+        if isinstance(factor, Tensor) and factor.shape == self.shape:
+            return self.dense() * factor  # real log-probabilities, written out already
         return NotImplemented  # lazy log-probabilities know what to do
 
     __rmul__ = __mul__
+
+    def __add__(self, constant: Any) -> Any:
+        return replace(self, floor=self.floor + constant) if isinstance(constant, int | float) else NotImplemented
+
+    __radd__ = __add__
+
+    def gt(self, threshold: float) -> SparseTarget:
+        """1 where the target is above threshold, else 0."""
+        index, weights = self.merged()
+        floor = float(self.floor > threshold)
+        above = (weights + self.floor > threshold).to(weights.dtype) - floor
+        above = above.masked_fill(index < 0, 0.0)
+        return SparseTarget(index.reshape(self.indices.shape), above.reshape(self.weights.shape), self.num_classes, floor)
+
+    __gt__ = gt
 
     def __neg__(self) -> SparseTarget:
         return self * -1.0

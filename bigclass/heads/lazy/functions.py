@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,23 +14,27 @@ from bigclass.core.errors import ArgumentError
 from bigclass.heads.lazy.base import functions_of, result_dtype
 from bigclass.heads.lazy.logits import LazyLogits
 from bigclass.heads.lazy.terms import LazyBinaryCrossEntropy
-from bigclass.losses.elementwise import binary_cross_entropy, class_vector
+from bigclass.losses.elementwise import binary_cross_entropy, class_vector, sparse_binary_cross_entropy
+from bigclass.losses.targets import SparseTarget
 
 
 def _binary_cross_entropy(input, target, weight=None, size_average=None, reduce=None, reduction="mean", pos_weight=None):
-    if not isinstance(input, LazyLogits) or not isinstance(target, Tensor) or input.class_first:
+    if not isinstance(input, LazyLogits) or not isinstance(target, Tensor | SparseTarget) or input.class_first:
         return NotImplemented
     if size_average is not None or reduce is not None:
         reduction = legacy.legacy_get_string(size_average, reduce)
     if tuple(target.shape) != tuple(input.shape):
         raise ArgumentError(f"target: expected the shape of the logits, {tuple(input.shape)}, got {tuple(target.shape)}")
-    vectors = [class_vector(name, v, input.stream) for name, v in (("weight", weight), ("pos_weight", pos_weight))]
-    if any(v is None and given is not None for v, given in zip(vectors, (weight, pos_weight), strict=True)) or target.requires_grad:
+    given = {"weight": weight, "pos_weight": pos_weight}
+    vectors = [class_vector(name, v, input.stream) for name, v in given.items()]
+    shaped = all(made is not None or v is None for made, v in zip(vectors, given.values(), strict=True))
+    if not shaped or getattr(target, "requires_grad", False):
         return NotImplemented
     input.check()
     if reduction == "none":
         return LazyBinaryCrossEntropy(input, target, weight=vectors[0], pos_weight=vectors[1])
-    loss = binary_cross_entropy(
+    streamed: Any = sparse_binary_cross_entropy if isinstance(target, SparseTarget) else binary_cross_entropy
+    loss: Tensor = streamed(
         input.stream, input.lead, target, weight=vectors[0], pos_weight=vectors[1], reduction=reduction, engine=input.engine
     )
     return loss.to(result_dtype(input.dtype))

@@ -21,7 +21,7 @@ from bigclass.core.op import reduce_logits
 from bigclass.heads.lazy.base import Lazy, dense_call, functions_of, result_dtype
 from bigclass.heads.lazy.logits import LazyLogits
 from bigclass.losses.cross_entropy import cross_entropy
-from bigclass.losses.elementwise import binary_cross_entropy
+from bigclass.losses.elementwise import binary_cross_entropy, sparse_binary_cross_entropy
 from bigclass.losses.inputs import check_range
 from bigclass.losses.targets import SparseTarget
 
@@ -189,20 +189,22 @@ class LazyBinaryCrossEntropy(_Terms):
     """factor * F.binary_cross_entropy_with_logits(s, target, weight, pos_weight=pos_weight, reduction="none")."""
 
     lazy: LazyLogits
-    target: Tensor
+    target: Tensor | SparseTarget
     weight: Tensor | None = None
     pos_weight: Tensor | None = None
     factor: float = 1.0
 
     def materialize(self) -> Tensor:
-        logits = self.lazy.materialize()
-        made = F.binary_cross_entropy_with_logits(logits, self.target, self.weight, pos_weight=self.pos_weight, reduction="none")
+        logits, target = self.lazy.materialize(), self.target
+        target = target.dense() if isinstance(target, SparseTarget) else target
+        made = F.binary_cross_entropy_with_logits(logits, target, self.weight, pos_weight=self.pos_weight, reduction="none")
         return made * self.factor
 
     def row_sums(self) -> Tensor:
         lazy = self.lazy
         lazy.check()
-        return binary_cross_entropy(
+        streamed: Any = sparse_binary_cross_entropy if isinstance(self.target, SparseTarget) else binary_cross_entropy
+        return streamed(
             lazy.stream, lazy.lead, self.target, weight=self.weight, pos_weight=self.pos_weight, reduction="none", engine=lazy.engine
         )
 

@@ -1,0 +1,52 @@
+"""Thin adapters to other libraries, each imported only when it is asked for."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from torch import nn
+
+from bigclass.core.errors import ArgumentTypeError
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def convert_head(model: Model, **options: Any) -> Model:
+    """Swap a model's classifier for a streamed head, in place, and return the model.
+
+    The classifier module keeps its identity and its parameters: checkpoints, optimizers, EMA copies and hooks made before or after are
+    as without. In training the model then returns lazy logits (`bigclass.LazyLogits`), in evaluation real ones.
+
+    Args:
+        model: a timm model whose classifier is one linear layer (found by its configuration). For a model of your own use
+            `bigclass.CCEHead.adopt(model.classifier)`.
+        options: of `bigclass.CCEHead` (softcap, engine, ...).
+
+    Returns:
+        The same model. `reset_classifier` keeps its new classifier converted; `bigclass.restore_head(model)` undoes all.
+
+    Raises:
+        TypeError: for a model of an unknown library. ValueError: for a classifier that cannot be swapped, with the reason.
+
+    Example:
+        >>> model = bigclass.convert_head(timm.create_model("vit_tiny_patch16_224", num_classes=100_000))
+        >>> loss = torch.nn.CrossEntropyLoss()(model(images), labels)  # no N x 100,000 logits
+    """
+    return _adapter(model).convert_head(model, **options)
+
+
+def restore_head(model: Model) -> Model:
+    """Undo `convert_head`, in place, and return the model."""
+    return _adapter(model).restore_head(model)
+
+
+def _adapter(model: nn.Module) -> Any:
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError(f"model: expected a module, got {type(model).__name__}")
+    if hasattr(model, "get_classifier") or hasattr(model, "pretrained_cfg"):
+        from bigclass.integrations import timm
+
+        return timm
+    raise ArgumentTypeError(
+        f"model: {type(model).__module__}.{type(model).__qualname__} is no timm model; use bigclass.CCEHead.adopt(linear) on its classifier"
+    )
