@@ -199,8 +199,8 @@ def asymmetric_row_loss(folds, picked, args, numbers):
     if floor:
         lse = torch.logaddexp(log_sum_exp(rest), s)
         m, mass, moment = folds[1]
-        down = m - lse  # log p = u + down
-        loss = loss + floor * torch.exp(gamma_neg * down) * (moment + down * mass)
+        down = m - gamma_neg * lse  # log p^g- = u + down
+        loss = loss + floor / gamma_neg * torch.exp(down) * (moment + down * mass)
     return -args[0] * loss
 
 
@@ -215,6 +215,8 @@ def _asymmetric_single(criterion: Any, lazy: LazyLogits, target: Any) -> Any:
     floor = criterion.eps / c if criterion.eps > 0 else 0.0
     on = 1.0 - criterion.eps + floor if criterion.eps > 0 else 1.0
     gamma_pos, gamma_neg = float(criterion.gamma_pos), float(criterion.gamma_neg)
+    if floor and gamma_neg <= 0.0:
+        return NotImplemented  # the moment is one of p^g-
     moments = (TemperedMoment(numbers=(gamma_neg,), exclude_picks=True),) if floor else ()
     folds = (LogSumExp(exclude_picks=True), *moments)
     rowwise, numbers = criterion.reduction != "mean", (gamma_pos, gamma_neg, on, floor)

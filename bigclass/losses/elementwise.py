@@ -40,7 +40,7 @@ def bce_sparse_row_loss(folds, picked, args, numbers):
     The fold holds the classes that are no picks."""
     factor, there, t, *vectors = args
     w, p = vectors or (1.0, 1.0)
-    terms = w * ((1.0 - t) * F.softplus(picked) + t * p * F.softplus(-picked))
+    terms = -w * ((1.0 - t) * F.logsigmoid(-picked) + t * p * F.logsigmoid(picked))
     return factor * (folds[0][0] + torch.where(there > 0, terms, 0.0).sum(1))
 
 

@@ -74,7 +74,10 @@ class WeightedExp(Fold):
 @register_fold
 @dataclass(frozen=True, eq=False)
 class TemperedMoment(Fold):
-    """(m, sum_j e^(a u_j), sum_j u_j e^(a u_j)) with u = s - m and a number a > 0: sums of p^a and of p^a log p."""
+    """(m, sum_j e^(a s_j - m), sum_j u_j e^u_j) with u = a s - m, m = max a s, for a number a > 0: sums of p^a and of p^a log p^a.
+
+    All three are of a s, so that a merge needs no a.
+    """
 
     name: ClassVar[str] = "tempered_moment"
     differentiable: ClassVar[tuple[bool, ...]] = (False, True, True)
@@ -83,8 +86,8 @@ class TemperedMoment(Fold):
         return like.new_full((n, 1), -math.inf), like.new_zeros((n, 1)), like.new_zeros((n, 1))
 
     def lift(self, tile, tensors):
-        m, u = _shifted(tile.logits(self.exclude_picks))
-        e = torch.exp(u * self.numbers[0])
+        m, u = _shifted(tile.logits(self.exclude_picks) * self.numbers[0])
+        e = torch.exp(u)
         return m, e.sum(-1, keepdim=True), (u * e).sum(-1, keepdim=True)
 
     def merge(self, a, b):
@@ -93,44 +96,45 @@ class TemperedMoment(Fold):
         l, t = 0.0, 0.0  # noqa: E741
         for state in (a, b):
             down = (state[0] - ref).clamp_min(_LOWEST)
-            shrink = torch.exp(down * self.numbers[0])
+            shrink = torch.exp(down)
             l = l + state[1] * shrink  # noqa: E741
             t = t + (state[2] + down * state[1]) * shrink
         return m, l, t
 
     def gradient(self, tile, tensors, state, grads, out):
-        s = tile.logits(self.exclude_picks)
         power = self.numbers[0]
-        u = torch.sub(s, state[0].clamp_min(torch.finfo(s.dtype).min), out=out).clamp_(min=_LOWEST)
-        e = torch.exp(u * power)
+        u = torch.mul(tile.logits(self.exclude_picks), power, out=out)
+        u = u.sub_(state[0].clamp_min(torch.finfo(u.dtype).min)).clamp_(min=_LOWEST)
+        e = torch.exp(u).mul_(power)
         g_l, g_t = (0.0 if g is None else g for g in grads[1:])
-        return u.mul_(power).add_(1.0).mul_(g_t).add_(power * g_l).mul_(e)
+        return u.add_(1.0).mul_(g_t).add_(g_l).mul_(e)
 
     @triton_form
     def lift_triton(s, a):
+        s *= a
         m = tl.max(s, axis=1)
         u = s - tl.where(m == float("-inf"), 0.0, m)[:, None]
         u = tl.where(u < -1e4, -1e4, u)  # keeps NaN, which tl.maximum would not
-        e = tl.exp2(u * a * 1.4426950408889634)
+        e = tl.exp2(u * 1.4426950408889634)
         return m, tl.sum(e, axis=1), tl.sum(u * e, axis=1)
 
     @triton_form
-    def merge_triton(m, l, t, m2, l2, t2, a):  # noqa: E741
+    def merge_triton(m, l, t, m2, l2, t2):  # noqa: E741
         top = tl.maximum(m, m2)
         ref = tl.where(top == float("-inf"), 0.0, top)
         d = m - ref
         d = tl.where(d < -1e4, -1e4, d)
         d2 = m2 - ref
         d2 = tl.where(d2 < -1e4, -1e4, d2)
-        k = tl.exp2(d * a * 1.4426950408889634)
-        k2 = tl.exp2(d2 * a * 1.4426950408889634)
+        k = tl.exp2(d * 1.4426950408889634)
+        k2 = tl.exp2(d2 * 1.4426950408889634)
         return top, l * k + l2 * k2, (t + d * l) * k + (t2 + d2 * l2) * k2
 
     @triton_form
     def gradient_triton(s, m, l, t, g_l, g_t, a):  # noqa: E741
-        u = s - tl.where(m == float("-inf"), 0.0, m)[:, None]
+        u = s * a - tl.where(m == float("-inf"), 0.0, m)[:, None]
         u = tl.where(u < -1e4, -1e4, u)
-        return tl.exp2(u * a * 1.4426950408889634) * (a * g_l[:, None] + (1.0 + a * u) * g_t[:, None])
+        return a * tl.exp2(u * 1.4426950408889634) * (g_l[:, None] + (1.0 + u) * g_t[:, None])
 
 
 class ElementwiseFold(SumFold):
@@ -146,7 +150,11 @@ class ElementwiseFold(SumFold):
 
 
 def _bce(s: Tensor, t: float | Tensor, p: float | Tensor) -> Tensor:
-    """(1 - t) sp(s) + t p sp(-s), with what both softplus share computed once."""
+    """(1 - t) sp(s) + t p sp(-s), with what both softplus share computed once.
+
+    sp(s) is -logsigmoid(-s): F.softplus drops e^-s above s = 20, which float64 can see."""
+    if s.requires_grad:  # under autograd |s| and relu have slope 0 at s = 0, where a head of zeros starts
+        return F.logsigmoid(-s) * (t - 1.0) - F.logsigmoid(s) * (t * p)
     shared = F.softplus(s.abs().neg_())
     positive = t * p
     return shared.mul_(1.0 - t + positive).add_(s.relu() * (1.0 - t)).add_((-s).relu_() * positive)
@@ -165,7 +173,7 @@ class BinaryCrossEntropy(SumFold):
 
     @staticmethod
     def term(s, numbers, tensors):
-        return F.softplus(s) if numbers[0] == 0.0 else _bce(s, numbers[0], 1.0)
+        return F.logsigmoid(-s).neg_() if numbers[0] == 0.0 else _bce(s, numbers[0], 1.0)
 
     @staticmethod
     def slope(s, numbers, tensors):

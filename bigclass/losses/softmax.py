@@ -107,7 +107,7 @@ def sparse_row_loss(folds, picked, args, numbers):
     factor = iter(args)
     s = torch.where(next(factor) > 0, _certain_is_nan(picked), torch.finfo(picked.dtype).min)
     others = _others(rest, s)
-    loss = (next(factor) * F.softplus(others - s)).sum(1)
+    loss = (next(factor) * -F.logsigmoid(s - others)).sum(1)  # F.softplus would drop e^-20
     lse = torch.logaddexp(others[:, 0], s[:, 0]) if floor or z else rest
     if floor:
         loss = loss + (next(factor) * lse - next(factor) * folds[1][0])
