@@ -268,7 +268,7 @@ def logit_gradient(
         tensors = maker.fold_tensors(f, r, c)
         if on_tensor is not None:
             on_tensor(i, f, tile, tensors, state, grads)
-        target = g if first == 0 else maker.pool.get("part", *s.shape)
+        target = g if first == 0 else maker.pool.get("scratch" if on_tensor is None else "part", *s.shape)
         f.gradient(tile, tensors, state, grads, target if f.axis == "rows" else target.t())
         if not alone:
             tile.restore()

@@ -36,13 +36,28 @@ class Lazy:
         raise NotImplementedError
 
     def written_out(self, operation: str) -> Tensor:
-        made = self.__dict__.get("_real")
-        if made is None:
-            if not torch.compiler.is_compiling():
-                _announce(operation, self)
-            made = self.materialize()
-            self.__dict__["_real"] = made
+        """The real tensor for an operation that needs it: with a `LogitsWarning` the first time, the same one afterwards."""
+        if self._kept("_real") is None and not torch.compiler.is_compiling():
+            _announce(operation, self)
+        return self.real()
+
+    def real(self) -> Tensor:
+        """`materialize`, once."""
+        made = self._kept("_real")
+        return self._keep("_real", self.materialize()) if made is None else made
+
+    def _keep(self, name: str, made: Any) -> Any:
+        self.__dict__[name] = made, torch.is_grad_enabled()
         return made
+
+    def _kept(self, name: str) -> Any:
+        """What `_keep` was given, unless it was made under no_grad and gradients are wanted now."""
+        made, differentiable = self.__dict__.get(name, (None, False))
+        return made if differentiable or not (torch.is_grad_enabled() and self.requires_grad) else None
+
+    def stand_in(self) -> Tensor:
+        """A tensor of this shape, dtype and device and nothing else: one number, expanded."""
+        return torch.empty((), dtype=self.dtype, device=self.device).expand(self.shape)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -54,6 +69,9 @@ class Lazy:
                     made = handler(*args, **kwargs)
                     if made is not NotImplemented:
                         return made
+        if func in _ASK_SHAPE or (func in _TAKE_SHAPE and args and not isinstance(args[0], Lazy)):
+            like = [a.stand_in() if isinstance(a, Lazy) else a for a in args]
+            return func(*like, **{k: a.stand_in() if isinstance(a, Lazy) else a for k, a in kwargs.items()})
         return dense_call(func, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -62,7 +80,7 @@ class Lazy:
         attribute = getattr(Tensor, name)
         if callable(attribute):
             return _Method(attribute, self)
-        return getattr(self.written_out(name), name)
+        return getattr(self.stand_in() if name in _FACTS else self.written_out(name), name)
 
     def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]
@@ -86,6 +104,9 @@ class Lazy:
 
     def __getitem__(self, index: Any) -> Any:
         return self.written_out("indexing")[index]
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise _read_only("assignment")
 
     def __bool__(self) -> bool:
         return bool(self.written_out("bool"))
@@ -114,8 +135,51 @@ def dense_call(func: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> A
     name = getattr(func, "__name__", str(func))
     if name == "__get__":
         name = getattr(getattr(func, "__self__", None), "__name__", name)
-    real = functools.partial(pytree.tree_map, lambda a: a.written_out(name) if isinstance(a, Lazy) else a, is_leaf=is_lazy)
-    return func(*real(list(args)), **real(kwargs))
+    in_place = name.endswith("_") and (not name.endswith("__") or name in _IN_PLACE) or name in _WATCHES
+    if isinstance(kwargs.get("out"), Lazy) or (in_place and args and isinstance(args[0], Lazy)):
+        raise _read_only(name)
+    made: list[tuple[Tensor, int]] = []
+
+    def real(a: Any) -> Any:
+        if not isinstance(a, Lazy):
+            return a
+        t = a.written_out(name)
+        if not torch.compiler.is_compiling() and not t.is_inference():
+            made.append((t, t._version))
+        return t
+
+    all_real = functools.partial(pytree.tree_map, real, is_leaf=is_lazy)
+    out = func(*all_real(list(args)), **all_real(kwargs))
+    if any(t._version != version for t, version in made):  # inplace=True, say: what streams would not see it
+        raise _read_only(name)
+    return out
+
+
+def _read_only(operation: str) -> RuntimeError:
+    return RuntimeError(
+        f"bigclass: {operation} writes to lazy logits, or watches their gradient, and there is no tensor to do that to: a loss that "
+        "streams would not notice. Use the form that returns a new tensor, or logits = logits.materialize() first"
+    )
+
+
+# Answered from the shape, the dtype and the device of what is lazy ...
+_ASK_SHAPE = {
+    getattr(home, name)
+    for home in (torch, Tensor)
+    for name in (
+        "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "new_zeros", "new_ones", "new_full", "new_empty",
+        "new_tensor", "result_type", "is_complex", "is_signed", "is_same_size",
+    )
+    if hasattr(home, name)
+}  # fmt: skip
+# ... unless it is the tensor itself that takes another's
+_TAKE_SHAPE = {getattr(Tensor, name) for name in ("to", "type_as", "view_as", "reshape_as", "expand_as")}
+# Attributes that need no numbers
+_FACTS = {
+    "is_cpu", "is_mps", "is_xpu", "is_meta", "is_sparse", "is_sparse_csr", "is_quantized", "is_nested", "is_mkldnn", "itemsize", "nbytes",
+}  # fmt: skip
+_IN_PLACE = {"__imul__", "__iadd__", "__isub__", "__itruediv__", "__ipow__", "__setitem__"}
+_WATCHES = {"retain_grad", "register_hook", "register_post_accumulate_grad_hook"}
 
 
 def is_lazy(a: Any) -> bool:
@@ -153,7 +217,7 @@ def functions_of(cls: type, names: Sequence[str]) -> dict[Callable, Callable]:
     """The torch functions and tensor methods of these names, answered by the methods of the same name."""
     table: dict[Callable, Callable] = {}
     for name in names:
-        method = getattr(cls, name)
+        method = _of_first(cls, getattr(cls, name))
         for home in (torch, Tensor, F):
             function = getattr(home, name, None)
             if callable(function):
@@ -161,10 +225,26 @@ def functions_of(cls: type, names: Sequence[str]) -> dict[Callable, Callable]:
     return table
 
 
+def _of_first(cls: type, method: Callable) -> Callable:
+    """method as a function of torch: for a first argument of this class, which torch calls `input` or `self`."""
+
+    def call(*args, **kwargs):
+        if not args:
+            name = next((name for name in ("input", "self", "tensor") if name in kwargs), None)
+            if name is None:
+                return NotImplemented
+            args, kwargs = (kwargs[name],), {k: v for k, v in kwargs.items() if k != name}
+        return method(*args, **kwargs) if isinstance(args[0], cls) else NotImplemented
+
+    return call
+
+
 def _materialising(name: str) -> Callable:
     function = getattr(Tensor, name)
 
     def call(self, *args, **kwargs):
+        if args and name in ("__eq__", "__ne__") and not isinstance(args[0], Tensor | Lazy | int | float | complex):
+            return NotImplemented  # lazy == None
         return dense_call(function, (self, *args), kwargs)
 
     return call
