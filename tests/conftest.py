@@ -10,6 +10,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 settings.register_profile("bigclass", deadline=None, derandomize=True, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
@@ -17,3 +18,13 @@ settings.load_profile("bigclass")
 
 # Tests run side by side on few cores: threads that spin for one another cost ten times what they save at these sizes.
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the tests of every architecture out unless they are asked for."""
+    if "architectures" in (config.option.markexpr or ""):
+        return
+    left_out = [item for item in items if item.get_closest_marker("architectures")]
+    if left_out:
+        items[:] = [item for item in items if not item.get_closest_marker("architectures")]
+        config.hook.pytest_deselected(items=left_out)

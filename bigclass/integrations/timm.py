@@ -36,7 +36,7 @@ def convert_head(model: Any, **options: Any) -> Any:
 def restore_head(model: Any) -> Any:
     """`bigclass.restore_head` for a timm model."""
     path = classifier_path(model)
-    head = model.get_submodule(path)
+    head = _at(model, path)
     if isinstance(head, CCEHead):
         head.release()
     model.__dict__.pop("reset_classifier", None)
@@ -64,10 +64,11 @@ def classifier_path(model: Any) -> str:
 def _classifier(model: Any, path: str) -> nn.Linear:
     """The linear layer at path; ValueError, with the reason, for anything else."""
     name = type(model).__name__
-    try:
-        found = model.get_submodule(path)
-    except AttributeError:
-        raise ArgumentError(f"model: {name} has no module {path!r}, where its configuration puts the classifier") from None
+    found = _at(model, path)
+    if found is None and isinstance(_at(model, path.rpartition(".")[0]), nn.Identity):
+        found = nn.Identity()
+    if found is None:
+        raise ArgumentError(f"model: {name} has no module {path!r}, where its configuration puts the classifier")
     if isinstance(found, nn.Identity):
         raise ArgumentError(f"model: {name} has no classifier (num_classes=0); reset_classifier(num_classes) makes one")
     if isinstance(found, nn.Conv2d):
@@ -78,11 +79,19 @@ def _classifier(model: Any, path: str) -> nn.Linear:
     return found
 
 
+def _at(model: nn.Module, path: str) -> nn.Module | None:
+    """The module at path, if there is one."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError:  # num_classes=0 leaves some heads without their inner layers
+        return None
+
+
 def _reset_classifier(model: Any, path: str, options: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
     """The class's own `reset_classifier`, and the new classifier converted (where it is a linear layer: num_classes=0 leaves none)."""
     made = type(model).reset_classifier(model, *args, **kwargs)
-    found = model.get_submodule(path)
-    if is_plain_linear(found):
+    found = _at(model, path)
+    if found is not None and is_plain_linear(found):
         CCEHead.adopt(found, **options)
     return made
 
