@@ -39,6 +39,7 @@ class _LinearHead(nn.Linear):
     engine: str = "auto"
     lazy: bool = True
     _OPTIONS = ("softcap", "logit_scale", "label_smoothing", "z_loss", "ignore_index", "engine", "lazy")
+    _OWN: tuple[str, ...] = ()  # those of a subclass
 
     def __init__(self, in_features: int, out_features: int, bias: bool, *, device=None, dtype=None, **options: Any) -> None:
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
@@ -60,24 +61,25 @@ class _LinearHead(nn.Linear):
         nn.Module.__init__(made)
         made._set(options)  # raises before anything of `linear` is changed
         linear.__class__ = cls
-        for name, value in made.__dict__.items():
-            if name in cls._OPTIONS or name in getattr(cls, "_OWN", ()):
-                linear.__dict__[name] = value
+        for name in (*_LinearHead._OPTIONS, *LMHead._OWN):  # those of another head, too
+            linear.__dict__.pop(name, None)
+        linear.__dict__.update({name: made.__dict__[name] for name in (*cls._OPTIONS, *cls._OWN)})
         return linear
 
     def release(self) -> nn.Linear:
         """Undo `adopt`: make this module a plain `nn.Linear` again, in place, and return it."""
-        for name in (*self._OPTIONS, *getattr(self, "_OWN", ())):
+        for name in (*self._OPTIONS, *self._OWN):
             self.__dict__.pop(name, None)
         self.__class__ = nn.Linear  # type: ignore[assignment]
         return self
 
     def _set(self, options: dict[str, Any]) -> None:
-        unknown = [name for name in options if name not in self._OPTIONS]
+        known = (*self._OPTIONS, *self._OWN)
+        unknown = [name for name in options if name not in known]
         if unknown:
-            raise TypeError(f"{type(self).__name__}: unexpected option {unknown[0]!r}; known: {', '.join(self._OPTIONS)}")
-        for name in self._OPTIONS:
-            setattr(self, name, options.get(name, getattr(_LinearHead, name)))
+            raise TypeError(f"{type(self).__name__}: unexpected option {unknown[0]!r}; known: {', '.join(known)}")
+        for name in known:
+            setattr(self, name, options.get(name, getattr(type(self), name)))
         if self.softcap is not None:
             Softcap.at(self.softcap)  # raises for a cap that is not positive
         if not 0.0 <= self.label_smoothing <= 1.0:

@@ -8,6 +8,7 @@ Sparse positives over millions of labels belong to `MultiLabelHead` and its loss
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,9 +49,9 @@ def row_factor(n: int, c: int, reduction: str) -> float:
     """What a row's sum is multiplied by, so that rows add up to the reduced loss ("none": the rows themselves, summed over classes)."""
     if reduction not in REDUCTIONS:
         raise ArgumentError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
-    if reduction == "mean":
-        return 1.0 / max(n * c, 1)
-    return 1.0 / max(n, 1) if reduction == "batchmean" else 1.0
+    if reduction not in ("mean", "batchmean"):
+        return 1.0
+    return math.nan if n == 0 else 1.0 / (n * c if reduction == "mean" else n)  # the mean of nothing: torch's answer
 
 
 def sum_of_rows(
@@ -61,7 +62,8 @@ def sum_of_rows(
     n, exact = stream.shape[0], torch.float32 if stream.device.type == "mps" else torch.float64
     args = [stream.tensors[0].new_full((), factor, dtype=exact).expand(n), *args]
     if not rowwise:
-        return stream_loss(stream, picks, folds, row_loss, args, numbers, engine=engine)
+        loss = stream_loss(stream, picks, folds, row_loss, args, numbers, engine=engine)
+        return loss + factor if math.isnan(factor) else loss  # a sum over no rows is 0
     states, picked = reduce_logits(stream, picks, folds, engine=engine)
     return ROW_LOSSES[row_loss](states, picked, args, numbers).to(stream.accumulate_dtype)
 

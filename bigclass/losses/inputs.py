@@ -108,6 +108,13 @@ def kept_picks(index: Tensor, keep: Tensor | None, classes: int) -> Tensor:
     return torch.where(keep, torch.where(index < 0, classes, index), -1).unsqueeze(-1)
 
 
+def checked_picks(name: str, index: Tensor, classes: int) -> Tensor:
+    """Picks (N, K) for index (..., K), all of which must be classes: to an op -1 is no pick, so here it becomes C for the op to refuse."""
+    check_range(name, index, None, classes)
+    index = index.reshape(-1, index.shape[-1]).long()
+    return torch.where(index < 0, classes, index)
+
+
 def kept_rows(index: Tensor, ignore_index: int) -> Tensor | None:
     """(N,) bool, False where ignored; None if it is known that nothing is (known: on a CPU, outside a traced graph)."""
     keep = index != ignore_index

@@ -135,7 +135,7 @@ def dense_call(func: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> A
     name = getattr(func, "__name__", str(func))
     if name == "__get__":
         name = getattr(getattr(func, "__self__", None), "__name__", name)
-    in_place = name.endswith("_") and (not name.endswith("__") or name in _IN_PLACE) or name in _WATCHES
+    in_place = (name.endswith("_") and (not name.endswith("__") or name in _IN_PLACE)) or name in _WATCHES
     if isinstance(kwargs.get("out"), Lazy) or (in_place and args and isinstance(args[0], Lazy)):
         raise _read_only(name)
     made: list[tuple[Tensor, int]] = []

@@ -65,10 +65,10 @@ def _left(method: Callable) -> Callable:
 
 
 _ANSWERED = (
-    "detach", "contiguous", "to", "float", "double", "half", "bfloat16", "type", "type_as", "tanh", "view", "reshape", "view_as",
-    "reshape_as", "flatten", "unsqueeze", "squeeze", "permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "split",
-    "chunk", "unbind", "narrow", "select", "topk", "argmax", "max", "gather", "logsumexp", "log_softmax", "size", "dim", "numel",
-    "is_floating_point", "is_contiguous", "element_size",
+    "detach", "clone", "contiguous", "to", "cpu", "float", "double", "half", "bfloat16", "type", "type_as", "tanh", "view", "reshape",
+    "view_as", "reshape_as", "flatten", "unsqueeze", "squeeze", "permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis",
+    "split", "chunk", "unbind", "narrow", "select", "topk", "argmax", "max", "gather", "logsumexp", "log_softmax", "size", "dim",
+    "numel", "is_floating_point", "is_contiguous", "element_size",
 )  # fmt: skip
 
 LazyLogits._functions = {

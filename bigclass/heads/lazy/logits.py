@@ -19,6 +19,7 @@ and torch.compile passes it on between graphs. The weight is held as `weight.vie
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,9 +36,9 @@ from bigclass.core.op import reduce_logits
 from bigclass.core.stream import Scale, Softcap, Stream
 from bigclass.core.topk import TopK
 from bigclass.heads.lazy.base import Lazy, dense_call, result_dtype
-from bigclass.heads.lazy.shapes import spread_index, whole_shape
+from bigclass.heads.lazy.shapes import axis, from_start, is_list_of_ints, spread_index, whole_shape
 from bigclass.losses.cross_entropy import cross_entropy
-from bigclass.losses.inputs import check_linear
+from bigclass.losses.inputs import check_linear, checked_picks
 from bigclass.losses.targets import SparseTarget
 
 
@@ -96,16 +97,21 @@ class LazyLogits(Lazy):
         self.check()
         stream = self.stream
         s: Any = None
+        # a class vector that was added in a wider type than the layer's is not rounded to that
+        late = stream.class_scale is not None or (
+            stream.bias is not None and self.dtype.itemsize > (stream.compute_dtype or self.dtype).itemsize
+        )
         for p, (x, w) in enumerate(stream.pairs):
-            b = stream.bias if p == 0 and stream.class_scale is None else None
             dtype = stream.compute_dtype or torch.promote_types(x.dtype, w.dtype)
+            b = stream.bias if p == 0 and not late else None
             with torch.autocast(self.device.type, enabled=False):
                 part = F.linear(x.to(dtype), w.to(dtype), None if b is None else b.to(dtype))
             s = part if s is None else s + part
+        s = s.to(torch.promote_types(s.dtype, self.dtype))
         if stream.class_scale is not None:
             s = s * stream.class_scale
-            s = s if stream.bias is None else s + stream.bias
-        s = s.to(torch.promote_types(s.dtype, self.dtype))
+        if late and stream.bias is not None:
+            s = s + stream.bias
         if stream.scale != 1.0:
             s = s * stream.scale
         if stream.scale_tensor is not None:
@@ -197,12 +203,19 @@ class LazyLogits(Lazy):
         """A cast: what is made of these logits in the end has the new dtype; sums stay as wide as they are. (Devices materialise.)"""
         dtype = kwargs.get("dtype") or next((a for a in args if isinstance(a, torch.dtype)), None)
         other = kwargs.get("other", args[0] if args else None)
-        device = kwargs.get("device", args[0] if args and isinstance(args[0], str | torch.device) else None)
-        if isinstance(other, Tensor | LazyLogits):
+        device = kwargs.get("device", args[0] if args and isinstance(args[0], str | int | torch.device) else None)
+        if isinstance(other, Tensor | Lazy):
             dtype, device = other.dtype, other.device
-        if device is not None and torch.device(device) not in (self.device, torch.device(self.device.type)):
+        moves = device is not None and torch.device(device) not in (self.device, torch.device(self.device.type))
+        if moves or (dtype is not None and not dtype.is_floating_point):
             return self.written_out("to").to(*args, **kwargs)
         return self if dtype is None or dtype == self.dtype else replace(self, dtype=dtype)
+
+    def cpu(self, *_: Any, **__: Any) -> Any:
+        return self.to("cpu")
+
+    def clone(self, *_: Any, **__: Any) -> LazyLogits:
+        return replace(self)
 
     def float(self, *_: Any, **__: Any) -> LazyLogits:
         return self.to(torch.float32)
@@ -232,7 +245,7 @@ class LazyLogits(Lazy):
             return self.written_out("view").view(shape[0])
         shape = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], Sequence) else shape
         whole = whole_shape(shape, self.numel())
-        if not whole or self.class_first or whole[-1] != self.stream.shape[1]:
+        if not whole or self.class_first or whole[-1] != self.stream.shape[1] or math.prod(whole) != self.numel():
             return self.written_out("view").reshape(shape)
         return self._rows(lambda t: t.reshape(*whole[:-1], t.shape[-1]))
 
@@ -245,7 +258,7 @@ class LazyLogits(Lazy):
 
     def flatten(self, start_dim: int = 0, end_dim: int = -1) -> Any:
         n = self.ndim
-        start, end = start_dim % n, end_dim % n
+        start, end = axis(start_dim, n), axis(end_dim, n)
         if start == end:
             return self
         if self.class_first or end == n - 1:
@@ -253,7 +266,7 @@ class LazyLogits(Lazy):
         return self._rows(lambda t: t.flatten(start, end))
 
     def unsqueeze(self, dim: int) -> Any:
-        at = dim % (self.ndim + 1)
+        at = axis(dim, self.ndim + 1)
         if self.class_first or at == self.ndim:
             return self.written_out("unsqueeze").unsqueeze(dim)
         return self._rows(lambda t: t.unsqueeze(at))
@@ -261,7 +274,7 @@ class LazyLogits(Lazy):
     def squeeze(self, dim: Any = None) -> Any:
         axes = [a for a in range(self.ndim) if self.shape[a] == 1]
         if dim is not None:
-            asked = [d % self.ndim for d in ((dim,) if isinstance(dim, int) else dim)]
+            asked = [axis(d, self.ndim) for d in ((dim,) if isinstance(dim, int) else dim)]
             axes = [a for a in axes if a in asked]
         if self.class_first or self.ndim - 1 in axes:
             return self.written_out("squeeze").squeeze() if dim is None else self.written_out("squeeze").squeeze(dim)
@@ -270,7 +283,7 @@ class LazyLogits(Lazy):
     def permute(self, *dims: Any) -> Any:
         dims = tuple(dims[0]) if len(dims) == 1 and isinstance(dims[0], Sequence) else dims
         n = self.ndim
-        order = tuple(d % n for d in dims)
+        order = tuple(axis(d, n) for d in dims)
         if self.class_first:
             order = tuple((*range(n)[:1], n - 1, *range(n)[1 : n - 1])[d] for d in order)  # in axes of (*lead, C)
         if len(order) == n and order[-1] == n - 1:
@@ -283,7 +296,7 @@ class LazyLogits(Lazy):
     def transpose(self, dim0: int, dim1: int) -> Any:
         n = self.ndim
         order = list(range(n))
-        a, b = dim0 % n, dim1 % n
+        a, b = axis(dim0, n), axis(dim1, n)
         order[a], order[b] = order[b], order[a]
         return self.permute(order)
 
@@ -292,8 +305,9 @@ class LazyLogits(Lazy):
     def movedim(self, source: int, destination: int) -> Any:
         if not isinstance(source, int) or not isinstance(destination, int):
             return self.written_out("movedim").movedim(source, destination)
-        order = [a for a in range(self.ndim) if a != source % self.ndim]
-        order.insert(destination % self.ndim, source % self.ndim)
+        moved = axis(source, self.ndim)
+        order = [a for a in range(self.ndim) if a != moved]
+        order.insert(axis(destination, self.ndim), moved)
         return self.permute(order)
 
     moveaxis = movedim
@@ -301,11 +315,15 @@ class LazyLogits(Lazy):
     def t(self) -> Any:
         return self.written_out("t").t()
 
-    def split(self, split_size: Any, dim: int = 0) -> Any:
-        if self.class_first or dim % self.ndim == self.ndim - 1:
-            return self.written_out("split").split(split_size, dim)
-        at, total = dim % self.ndim, self.shape[dim]
-        sizes = [min(split_size, total - a) for a in range(0, total, split_size)] if isinstance(split_size, int) else split_size
+    def split(self, split_size: Any = None, dim: int = 0, *, split_size_or_sections: Any = None) -> Any:
+        size = split_size if split_size is not None else split_size_or_sections
+        at = axis(dim, self.ndim)
+        if self.class_first or at == self.ndim - 1:
+            return self.written_out("split").split(size, dim)
+        total = self.shape[at]
+        sizes = [min(size, total - a) for a in range(0, total, size) or (0,)] if isinstance(size, int) else list(size)
+        if sum(sizes) != total:
+            raise ArgumentError(f"split_size: expected sizes that add up to {total} (axis {dim}), got {sizes}")
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         return tuple(self._rows(lambda t, a=a, k=k: t.narrow(at, a, k)) for a, k in zip(starts, sizes, strict=True))
 
@@ -313,22 +331,30 @@ class LazyLogits(Lazy):
         return self.split(max(-(-self.shape[dim] // chunks), 1), dim)
 
     def unbind(self, dim: int = 0) -> Any:
-        if self.class_first or dim % self.ndim == self.ndim - 1:
+        at = axis(dim, self.ndim)
+        if self.class_first or at == self.ndim - 1:
             return self.written_out("unbind").unbind(dim)
-        at = dim % self.ndim
         return tuple(self._rows(lambda t, i=i: t.select(at, i)) for i in range(self.shape[dim]))
 
-    def narrow(self, dim: int, start: int, length: int) -> Any:
-        at = dim % self.ndim
-        return self[(*[slice(None)] * at, slice(start, start + length))]
+    def narrow(self, dim: int, start: Any, length: int) -> Any:
+        at = axis(dim, self.ndim)
+        if self.class_first or not isinstance(start, int):
+            return self.written_out("narrow").narrow(dim, start, length)
+        if at < self.ndim - 1:
+            return self._rows(lambda t: t.narrow(at, start, length))
+        self.stream.pairs[0][1].narrow(0, start, length)  # raises as torch does
+        start += self.shape[-1] if start < 0 else 0
+        return self._classes(slice(start, start + length))
 
     def select(self, dim: int, index: int) -> Any:
-        return self[(*[slice(None)] * (dim % self.ndim), index)]
+        return self[(*[slice(None)] * axis(dim, self.ndim), index)]
 
     def __getitem__(self, index: Any) -> Any:
         if self.class_first:
             return self.written_out("indexing")[index]
-        spread = spread_index(index if isinstance(index, tuple) else (index,), self.ndim)
+        index = index if isinstance(index, tuple) else (index,)
+        index = tuple(torch.tensor(i, device=self.device) if is_list_of_ints(i) else i for i in index)
+        spread = spread_index(index, self.ndim)
         if spread is None:
             return self.written_out("indexing")[index]
         batch, classes = spread
@@ -338,7 +364,9 @@ class LazyLogits(Lazy):
         picks = [i for i in (*batch, classes) if isinstance(i, Tensor)]
         if len(picks) == self.ndim and all(i.dim() == 1 and not i.is_floating_point() and i.dtype != torch.bool for i in picks):
             rows = self._rows(lambda t: t[tuple(batch)])  # logits[arange(N), y]
-            return rows.gather(-1, classes.expand(rows.shape[0]).unsqueeze(-1)).squeeze(-1)
+            n = max(rows.shape[0], classes.shape[0])
+            rows = rows if rows.shape[0] == n else rows._rows(lambda t: t.expand(n, -1))
+            return rows.gather(-1, from_start(classes, self.shape[-1]).expand(n).unsqueeze(-1)).squeeze(-1)
         return self.written_out("indexing")[(*batch, classes)]
 
     # --- arithmetic
@@ -374,7 +402,7 @@ class LazyLogits(Lazy):
     # --- what is computed without N x C
 
     def _last(self, dim: Any) -> bool:
-        return isinstance(dim, int) and not self.class_first and dim % self.ndim == self.ndim - 1
+        return isinstance(dim, int) and not isinstance(dim, bool) and axis(dim, self.ndim) == self.ndim - 1 and not self.class_first
 
     def topk(self, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
         if not self._last(dim) or not largest or not 1 <= k <= self.shape[-1]:
@@ -396,16 +424,19 @@ class LazyLogits(Lazy):
     def max(self, dim: Any = None, keepdim: bool = False) -> Any:
         if not self._last(dim):
             real = self.written_out("max")
+            if isinstance(dim, Tensor | Lazy):
+                return torch.max(real, dim)
             return real.max() if dim is None else real.max(dim, keepdim)
         values, indices = self.topk(1)
         return torch.return_types.max((values, indices) if keepdim else (values.squeeze(-1), indices.squeeze(-1)))
 
     def gather(self, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Any:
         """The logits at index (*lead, K)."""
-        if not self._last(dim) or tuple(index.shape[:-1]) != tuple(self.lead):
+        if not self._last(dim) or index.dim() != self.ndim or tuple(index.shape[:-1]) != tuple(self.lead):
             return self.written_out("gather").gather(dim, index)
         self.check()
-        _, picked = reduce_logits(self.stream, index.reshape(-1, index.shape[-1]), (LogSumExp(),), engine=self.engine)
+        picks = checked_picks("index", index, self.shape[-1])
+        _, picked = reduce_logits(self.stream, picks, (LogSumExp(),), engine=self.engine)
         assert picked is not None
         return picked.reshape(index.shape).to(self.dtype)
 
@@ -421,6 +452,7 @@ class LazyLogits(Lazy):
         from bigclass.heads.lazy.terms import LazyLogProbs  # made of lazy logits, so it stands above them
 
         dim = -1 if dim is None and self.ndim == 2 else dim
+        dtype = _stacklevel if isinstance(_stacklevel, torch.dtype) else dtype  # torch.log_softmax takes it there
         if not self._last(dim):
             return self.written_out("log_softmax").log_softmax(dim, dtype=dtype)
         return LazyLogProbs(self if dtype is None else self.to(dtype))
@@ -481,17 +513,44 @@ def _joined(maps: tuple) -> tuple:
     return maps
 
 
+@dataclass(frozen=True)
+class _Recipe:
+    """What a pytree of lazy logits has beside its leaves: compared, kept and printed, so without a tensor."""
+
+    pairs: int
+    optional: tuple[bool, ...]
+    scale: float
+    maps: tuple[tuple[type, tuple[float, ...], int], ...]
+    compute_dtype: torch.dtype | None
+    lead: tuple[int, ...]
+    dtype: torch.dtype
+    engine: str
+    class_first: bool
+    versioned: bool
+
+    def lazy(self, leaves: Sequence[Any]) -> LazyLogits:
+        rest = iter(leaves)
+        pairs = tuple((next(rest), next(rest)) for _ in range(self.pairs))
+        bias, class_scale, given, scale_tensor = (next(rest) if there else None for there in self.optional)
+        maps = tuple(cls(numbers, tuple(next(rest) for _ in range(count))) for cls, numbers, count in self.maps)
+        stream = Stream(pairs, bias, class_scale, given, self.scale, scale_tensor, maps, self.compute_dtype)
+        return LazyLogits(stream, self.lead, self.dtype, self.engine, self.class_first, _versions(stream) if self.versioned else None)
+
+
 def _flatten(lazy: LazyLogits):
-    return lazy.stream.tensors, (lazy.stream, lazy.lead, lazy.dtype, lazy.engine, lazy.class_first, lazy.versions is not None)
+    s = lazy.stream
+    optional = tuple(t is not None for t in (s.bias, s.class_scale, s.given, s.scale_tensor))
+    maps = tuple((type(m), m.numbers, len(m.tensors)) for m in s.maps)
+    recipe = _Recipe(
+        len(s.pairs), optional, s.scale, maps, s.compute_dtype, lazy.lead, lazy.dtype, lazy.engine, lazy.class_first,
+        lazy.versions is not None,
+    )  # fmt: skip
+    return s.tensors, recipe
 
 
-def _unflatten(leaves, context):
-    stream, lead, dtype, engine, class_first, versioned = context
+def _unflatten(leaves, recipe):
     leaves = list(leaves)
-    if all(isinstance(t, Tensor) for t in leaves):
-        stream = stream.with_tensors(leaves)
-        return LazyLogits(stream, lead, dtype, engine, class_first, _versions(stream) if versioned else None)
-    return _Leaves(leaves, context)
+    return recipe.lazy(leaves) if all(isinstance(t, Tensor) for t in leaves) else _Leaves(leaves, recipe)
 
 
 @dataclass
@@ -499,8 +558,8 @@ class _Leaves:
     """A pytree of lazy logits whose leaves are no tensors for a while."""
 
     leaves: list
-    context: Any
+    recipe: _Recipe
 
 
-pytree.register_pytree_node(_Leaves, lambda t: (t.leaves, t.context), _unflatten)
+pytree.register_pytree_node(_Leaves, lambda t: (t.leaves, t.recipe), _unflatten)
 pytree.register_pytree_node(LazyLogits, _flatten, _unflatten, serialized_type_name="bigclass.LazyLogits")

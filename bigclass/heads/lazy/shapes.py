@@ -10,6 +10,22 @@ import torch
 from torch import Tensor
 
 
+def axis(dim: int, ndim: int) -> int:
+    """dim counted from the start. Raise where there is no such axis."""
+    if not -ndim <= dim < ndim:
+        raise IndexError(f"dim: expected an axis in [{-ndim}, {ndim - 1}] of lazy logits, got {dim}")
+    return dim % ndim
+
+
+def from_start(index: Tensor, size: int) -> Tensor:
+    """An index in which -1 is the last, as subscripts have it, counted from the start."""
+    return torch.where(index < 0, index + size, index).long()
+
+
+def is_list_of_ints(i: Any) -> bool:
+    return isinstance(i, list) and bool(i) and all(isinstance(k, int) and not isinstance(k, bool) for k in i)
+
+
 def whole_shape(shape: Sequence[Any], total: int) -> tuple | None:
     """shape with its -1 worked out; None if it does not fit."""
     if not all(isinstance(s, int | torch.SymInt) for s in shape):

@@ -13,16 +13,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.nn import _reduction as legacy
 
+from bigclass.core.errors import ArgumentTypeError
 from bigclass.core.folds import LogSumExp, Total, log_sum, log_sum_exp
 from bigclass.core.op import reduce_logits
 from bigclass.heads.lazy.base import Lazy, dense_call, functions_of, result_dtype
 from bigclass.heads.lazy.logits import LazyLogits
+from bigclass.heads.lazy.shapes import from_start
 from bigclass.losses.cross_entropy import cross_entropy
 from bigclass.losses.elementwise import binary_cross_entropy, sparse_binary_cross_entropy
-from bigclass.losses.inputs import check_range
+from bigclass.losses.inputs import checked_picks
 from bigclass.losses.targets import SparseTarget
 
 
@@ -83,7 +86,10 @@ class _Terms(Lazy):
         return dense_call(torch.div, (self, other), {})
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        return replace(self, lazy=self.lazy.to(*args, **kwargs))  # type: ignore[type-var]
+        lazy = self.lazy.to(*args, **kwargs)
+        if not isinstance(lazy, LazyLogits):
+            return self.written_out("to").to(*args, **kwargs)
+        return replace(self, lazy=lazy)  # type: ignore[type-var]
 
     def float(self, *_: Any, **__: Any) -> Any:
         return self.to(torch.float32)
@@ -98,7 +104,7 @@ class LazyLogProbs(_Terms):
     target: Tensor | SparseTarget | None = None
 
     def materialize(self) -> Tensor:
-        made = F.log_softmax(self.lazy.materialize(), -1) * self.factor
+        made = F.log_softmax(self.lazy.real(), -1) * self.factor
         if self.target is None:
             return made
         return made * (self.target.dense() if isinstance(self.target, SparseTarget) else self.target)
@@ -113,15 +119,12 @@ class LazyLogProbs(_Terms):
 
     def _folds(self, index: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """(LSE (N,), sum of logits (N,), log p at index (N, K)); the first two are kept for whoever asks next."""
-        kept = self.__dict__.get("_kept")
+        kept = self._kept("_lse_and_total")
         if index is None and kept is not None:
             return (*kept, None)
         lazy = self.lazy
         lazy.check()
         single = index is not None and index.shape[1] == 1
-        if index is not None:
-            check_range("index", index, None, self.shape[-1])
-            index = torch.where(index < 0, self.shape[-1], index)  # so that the op's own check sees it
         folds = (LogSumExp(exclude_picks=single), Total())
         (state, (total,)), picked = reduce_logits(lazy.stream, index, folds, engine=lazy.engine)
         lse = log_sum_exp(state)
@@ -132,20 +135,23 @@ class LazyLogProbs(_Terms):
             gap = (picked.masked_fill(picked == torch.inf, torch.nan) - m) - log_l
             logp = F.logsigmoid(gap) if single else gap
             lse = torch.logaddexp(lse, picked[:, 0]) if single else lse
-        self.__dict__["_kept"] = (lse, total)
+        self._keep("_lse_and_total", (lse, total))
         return lse, total, logp
 
     def gather(self, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Any:
-        if self.target is not None or not self.lazy._last(dim) or tuple(index.shape[:-1]) != tuple(self.lazy.lead):
+        fits = self.lazy._last(dim) and index.dim() == self.ndim and tuple(index.shape[:-1]) == tuple(self.lazy.lead)
+        if self.target is not None or not fits:
             return self.written_out("gather").gather(dim, index)
-        logp = self._folds(index.reshape(-1, index.shape[-1]).long())[2]
+        logp = self._folds(checked_picks("index", index, self.shape[-1]))[2]
         assert logp is not None
         return (logp * self.factor).reshape(index.shape).to(result_dtype(self.dtype))
 
     def __mul__(self, other: Any) -> Any:
         fits = isinstance(other, Tensor | SparseTarget) and tuple(other.shape) == tuple(self.shape)
         if fits and self.target is None and not getattr(other, "requires_grad", False):
-            return replace(self, target=other)
+            dtype = torch.promote_types(self.dtype, other.dtype)
+            other = other if other.dtype.is_floating_point else other.to(self.dtype)
+            return replace(self, target=other, lazy=self.lazy.to(dtype))
         return super().__mul__(other)
 
     __rmul__ = __mul__
@@ -155,7 +161,9 @@ class LazyLogProbs(_Terms):
         picks = len(index) == self.ndim == 2 and all(isinstance(i, Tensor) and i.dim() == 1 and i.dtype == torch.int64 for i in index)
         if self.target is None and picks:  # log_probs[arange(N), y]
             rows, y = index
-            return (LazyLogProbs(self.lazy[rows]) * self.factor).gather(-1, y.unsqueeze(-1)).squeeze(-1)
+            picked = LazyLogProbs(self.lazy[rows], self.factor)
+            if len(picked) == len(y):
+                return picked.gather(-1, from_start(y, self.shape[-1]).unsqueeze(-1)).squeeze(-1)
         if self.target is None and isinstance(lazy := self.lazy[index], LazyLogits) and lazy.shape[-1:] == self.shape[-1:]:
             return LazyLogProbs(lazy, self.factor)
         return self.written_out("indexing")[index]
@@ -164,6 +172,8 @@ class LazyLogProbs(_Terms):
         self, target: Tensor, weight=None, size_average=None, ignore_index: int = -100, reduce=None, reduction: str = "mean"
     ) -> Any:
         """`F.nll_loss(self, target, ...)`, streamed."""
+        if isinstance(target, Tensor) and target.is_floating_point():
+            raise ArgumentTypeError(f"target: expected class indices, got {target.dtype}")
         if self.target is not None or self.factor != 1.0 or self.ndim > 2:
             return F.nll_loss(self.written_out("nll_loss"), target, weight, size_average, ignore_index, reduce, reduction)
         return self.lazy.cross_entropy(target, weight, size_average, ignore_index, reduce, reduction)
@@ -178,7 +188,8 @@ class LazyLogProbs(_Terms):
             return F.kl_div(real, target, reduction=reduction, log_target=log_target)
         lazy, t = self.lazy, target.exp() if log_target else target
         lazy.check()
-        own = (t * target).sum() if log_target else torch.special.xlogy(t, t).sum()
+        wide = lazy.stream.accumulate_dtype
+        own = (t * target).sum(dtype=wide) if log_target else torch.special.xlogy(t, t).sum(dtype=wide)
         loss = cross_entropy(lazy.stream, lazy.lead, t, reduction="sum", engine=lazy.engine) + own
         by = {"sum": 1, "batchmean": self.shape[0], "mean": self.numel()}[reduction]
         return (loss / by).to(result_dtype(self.dtype))
@@ -195,7 +206,7 @@ class LazyBinaryCrossEntropy(_Terms):
     factor: float = 1.0
 
     def materialize(self) -> Tensor:
-        logits, target = self.lazy.materialize(), self.target
+        logits, target = self.lazy.real(), self.target
         target = target.dense() if isinstance(target, SparseTarget) else target
         made = F.binary_cross_entropy_with_logits(logits, target, self.weight, pos_weight=self.pos_weight, reduction="none")
         return made * self.factor
@@ -230,3 +241,17 @@ def _table(cls: Any, *names: str) -> dict[Any, Any]:
 
 LazyLogProbs._functions = _table(LazyLogProbs, "gather", "nll_loss", "kl_div")
 LazyBinaryCrossEntropy._functions = {k: v for k, v in _table(LazyBinaryCrossEntropy).items() if k is not Tensor.__getitem__}
+
+
+def _flatten(terms: Any) -> tuple[list, float]:
+    return [terms.lazy, *[getattr(terms, name) for name in ("target", "weight", "pos_weight") if hasattr(terms, name)]], terms.factor
+
+
+# A model may end in F.log_softmax; DistributedDataParallel has to find its tensors, too.
+pytree.register_pytree_node(
+    LazyLogProbs, _flatten, lambda parts, factor: LazyLogProbs(parts[0], factor, parts[1]), serialized_type_name="bigclass.LazyLogProbs"
+)
+pytree.register_pytree_node(
+    LazyBinaryCrossEntropy, _flatten, lambda parts, factor: LazyBinaryCrossEntropy(*parts, factor),
+    serialized_type_name="bigclass.LazyBinaryCrossEntropy",
+)  # fmt: skip

@@ -1,0 +1,111 @@
+"""Heads inside DistributedDataParallel and FSDP2, on two gloo processes: the gradients of one process."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import bigclass
+from tests.ranks import run_ranks
+from tests.support import error
+
+C, D, N = 300, 16, 8
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(D, D)
+        self.unused = nn.Linear(D, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.fc(x))
+
+
+class Model(nn.Module):
+    """Two blocks and a classifier; `forward(x, y)` gives the head its targets."""
+
+    def __init__(self, unused: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.head = bigclass.CCEHead(D, C, engine="tiled", softcap=20.0)
+        if not unused:
+            for block in self.blocks:
+                del block.unused
+
+    def forward(self, x: Tensor, y: Tensor | None = None):
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x, y)
+
+
+def build(unused: bool) -> tuple[Model, Tensor, Tensor]:
+    torch.manual_seed(3)
+    return Model(unused).double(), torch.randn(2 * N, D, dtype=torch.float64), torch.randint(C, (2 * N,))
+
+
+def train(model: nn.Module, parameters, x: Tensor, y: Tensor, explicit: bool) -> list[Tensor]:
+    """Three steps; the parameters after them."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        if explicit:
+            loss = model(x, y)
+        else:
+            logits = model(x)
+            assert isinstance(logits, bigclass.LazyLogits)
+            loss = F.cross_entropy(logits, y, label_smoothing=0.1) + F.cross_entropy(logits.float() / 2, y)
+        loss.backward()
+        optimizer.step()
+    whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in parameters]
+    return [p.detach().clone() for p in whole]
+
+
+def of_one_process(unused: bool, explicit: bool) -> list[Tensor]:
+    model, x, y = build(unused)
+    return train(model, model.parameters(), x, y, explicit)
+
+
+def wrapped(rank: int, world: int, mode: str, explicit: bool) -> list[Tensor]:
+    warnings.simplefilter("error", bigclass.LogitsWarning)
+    model, x, y = build(unused=mode == "find_unused_parameters")
+    x, y = x[rank * N : (rank + 1) * N], y[rank * N : (rank + 1) * N]
+    parameters = list(model.parameters())
+    if mode.startswith("fsdp"):
+        from torch.distributed.fsdp import fully_shard
+
+        if mode != "fsdp root":
+            for block in model.blocks:
+                fully_shard(block)
+        if mode == "fsdp head apart":
+            fully_shard(model.head)
+        fully_shard(model)
+        return train(model, model.parameters(), x, y, explicit)
+    options = {} if mode == "default" else {mode: True}
+    return train(nn.parallel.DistributedDataParallel(model, **options), parameters, x, y, explicit)
+
+
+@pytest.mark.parametrize(
+    ("mode", "explicit"),
+    [
+        ("default", False), ("default", True), ("static_graph", False), ("static_graph", True), ("find_unused_parameters", False),
+        ("fsdp root", False), ("fsdp blocks", False), ("fsdp blocks", True), ("fsdp head apart", True),
+    ],
+)  # fmt: skip
+def test_gradients_are_those_of_one_process(mode, explicit):
+    """Pitfall 32: an opaque lazy object is silently wrong under static_graph and crashes with find_unused_parameters."""
+    expected = of_one_process(mode == "find_unused_parameters", explicit)
+    for made in run_ranks(wrapped, 2, mode, explicit):
+        assert max(error(a, b) for a, b in zip(made, expected, strict=True)) < 1e-6  # losses are returned in float32 half of the time
+
+
+def test_lazy_logits_of_a_head_that_fsdp_resharded_say_so():
+    with pytest.raises(AssertionError, match=r"FSDP2 resharded it.*head\(features, target\)"):
+        run_ranks(wrapped, 2, "fsdp head apart", False)
