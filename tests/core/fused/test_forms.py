@@ -11,7 +11,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import bigclass
-import bigclass.losses.folds  # noqa: F401  (registers the folds of single losses)
+import bigclass.losses.folds
 from bigclass.core import Fold, LogSumExp, Map, Stream, SumFold, reduce_logits, register_fold, register_map
 from bigclass.core.engines.support import fused_reason
 from bigclass.core.folds import FOLDS
