@@ -211,7 +211,7 @@ def _prepare(task: Task) -> _Prepared:
     rows: float | Tensor = float(n)
     smooth_folds = (Total(tensors=() if v is None else (v,)),) if eps else ()
     smooth_mass = eps if v is None else v.sum(dtype=exact) * (eps / c)
-    numbers = (eps, float(bool(options.z_loss)), float(bool(options.poly)))
+    numbers = (eps, *_flags(options))
     if target.dim() == 2:
         wide = stream.accumulate_dtype
         with autocast_off(target.device):
@@ -219,7 +219,17 @@ def _prepare(task: Task) -> _Prepared:
         factors = [(1.0 - eps) * sums.to(exact) + smooth_mass, 1.0 - eps, *([eps / c] if eps else [])]
         poly_folds = (WeightedExp(tensors=(target,)),) if options.poly else ()
         folds = (LogSumExp(), Dot(tensors=(target,) if v is None else (target, v)), *smooth_folds, *poly_folds)
-        return _Prepared(task, None, None, folds, "cross_entropy_probabilities", factors, rows, rows, (*numbers, eps / c))
+        return _Prepared(
+            task,
+            None,
+            None,
+            folds,
+            "cross_entropy_probabilities",
+            factors,
+            rows,
+            rows,
+            (*numbers, eps / c if options.poly and eps else 0.0),
+        )
     keep = kept_rows(target, options.ignore_index)
     check_range("target", target, keep, c)
     picks = kept_picks(target, keep, c)
@@ -232,7 +242,14 @@ def _prepare(task: Task) -> _Prepared:
         factors[0] = (1.0 - eps) * chosen
         mass = (chosen if keep is None else torch.where(keep, chosen, 0.0)).sum()
     folds = (LogSumExp(exclude_picks=True), *smooth_folds)
-    return _Prepared(task, picks, keep, folds, "cross_entropy", factors, mass, rows, (*numbers, eps * (1.0 - 1.0 / c)))
+    return _Prepared(
+        task, picks, keep, folds, "cross_entropy", factors, mass, rows, (*numbers, eps * (1.0 - 1.0 / c) if options.poly and eps else 0.0)
+    )
+
+
+def _flags(options: Options) -> tuple[float, float]:
+    """Is there a z-loss, is there a Poly-1 term. Literals: a traced graph takes no computed number for a list of numbers."""
+    return (1.0 if options.z_loss else 0.0, 1.0 if options.poly else 0.0)
 
 
 def _prepare_sparse(task: Task, v: Tensor | None) -> _Prepared:
@@ -249,7 +266,7 @@ def _prepare_sparse(task: Task, v: Tensor | None) -> _Prepared:
     if floor:
         factors += [floor * c if v is None else floor * v.sum(dtype=exact), floor]
     folds = (LogSumExp(exclude_picks=True), *((Total(tensors=() if v is None else (v,)),) if floor else ()))
-    numbers = (float(bool(floor)), float(bool(options.z_loss)), float(bool(options.poly)), floor)
+    numbers = (1.0 if floor else 0.0, *_flags(options), floor if options.poly and floor else 0.0)
     plain, rows = (used.to(exact),), float(n)
     return _Prepared(task, picks, None, folds, "cross_entropy_sparse", factors, rows, rows, numbers, plain, (t,) if options.poly else ())
 
