@@ -172,7 +172,7 @@ class LazyLogits(Lazy):
             return self._map(Scale.by(factor))
         if factor.numel() != 1 or factor.dim() > self.ndim or not factor.is_floating_point():
             return NotImplemented
-        return replace(self._map(Scale.by(factor.to(self.device))), dtype=torch.result_type(_probe(self), factor))
+        return replace(self._map(Scale.by(factor.to(self.device))), dtype=_promoted(self.dtype, factor))
 
     def _shifted(self, by: Any) -> Any:
         """s + by for a number, a scalar or a class vector (C,): a bias, as long as nothing has bent the logits."""
@@ -189,7 +189,7 @@ class LazyLogits(Lazy):
         wide = s.accumulate_dtype
         b = by.reshape(-1).to(wide) if isinstance(by, Tensor) else torch.full((1,), float(by), dtype=wide, device=self.device)
         b = (b / s.scale).expand(s.shape[1])
-        dtype = torch.result_type(_probe(self), by)
+        dtype = _promoted(self.dtype, by)
         return self._with(replace(s, bias=b if s.bias is None else s.bias.to(wide) + b), dtype=dtype)
 
     def detach(self) -> LazyLogits:
@@ -501,9 +501,9 @@ def _versions(stream: Stream) -> tuple[int, ...]:
     return tuple(t._version for t in stream.tensors)
 
 
-def _probe(lazy: LazyLogits) -> Tensor:
-    """A tensor with the dtype and the number of axes of the logits, for torch's promotion rules."""
-    return torch.empty((0,) * lazy.ndim, dtype=lazy.dtype, device="meta" if lazy.device.type == "cpu" else lazy.device)
+def _promoted(dtype: torch.dtype, other: Any) -> torch.dtype:
+    """Of a tensor with axes after arithmetic with a number or a floating-point tensor. (torch.result_type breaks a compiled graph.)"""
+    return torch.promote_types(dtype, other.dtype) if isinstance(other, Tensor) and other.dim() else dtype
 
 
 def _joined(maps: tuple) -> tuple:

@@ -192,7 +192,7 @@ def test_nothing_of_an_ignored_row_reaches_any_gradient(gradients):
             args = (leaves[2],)
             picks = torch.randint(c, (n, 1), generator=torch.Generator().manual_seed(0))
             folds = (LogSumExp(exclude_picks=True),)
-            loss = stream_loss(stream, picks, folds, "cross_entropy", args, (0.0, 0.0), keep=keep, engine=engine)
+            loss = stream_loss(stream, picks, folds, "cross_entropy", args, (0.0, 0.0, 0.0, 0.0), keep=keep, engine=engine)
         results.append((loss, *torch.autograd.grad(loss, leaves)))
     for got, want in zip(*results, strict=True):
         assert bool(got.isfinite().all()) and error(got, want) < 1e-5
