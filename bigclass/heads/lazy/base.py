@@ -77,6 +77,8 @@ class Lazy:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or not hasattr(Tensor, name):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        if _writes(name):
+            raise _read_only(name)
         attribute = getattr(Tensor, name)
         if callable(attribute):
             return _Method(attribute, self)
@@ -135,8 +137,8 @@ def dense_call(func: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> A
     name = getattr(func, "__name__", str(func))
     if name == "__get__":
         name = getattr(getattr(func, "__self__", None), "__name__", name)
-    in_place = (name.endswith("_") and (not name.endswith("__") or name in _IN_PLACE)) or name in _WATCHES
-    if isinstance(kwargs.get("out"), Lazy) or (in_place and args and isinstance(args[0], Lazy)):
+    compiling = torch.compiler.is_compiling()  # there a function's name is no string to look into; `__getattr__` has seen the methods
+    if isinstance(kwargs.get("out"), Lazy) or (not compiling and args and isinstance(args[0], Lazy) and _writes(name)):
         raise _read_only(name)
     made: list[tuple[Tensor, int]] = []
 
@@ -144,7 +146,7 @@ def dense_call(func: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> A
         if not isinstance(a, Lazy):
             return a
         t = a.written_out(name)
-        if not torch.compiler.is_compiling() and not t.is_inference():
+        if not compiling and not t.is_inference():
             made.append((t, t._version))
         return t
 
@@ -178,8 +180,17 @@ _TAKE_SHAPE = {getattr(Tensor, name) for name in ("to", "type_as", "view_as", "r
 _FACTS = {
     "is_cpu", "is_mps", "is_xpu", "is_meta", "is_sparse", "is_sparse_csr", "is_quantized", "is_nested", "is_mkldnn", "itemsize", "nbytes",
 }  # fmt: skip
-_IN_PLACE = {"__imul__", "__iadd__", "__isub__", "__itruediv__", "__ipow__", "__setitem__"}
-_WATCHES = {"retain_grad", "register_hook", "register_post_accumulate_grad_hook"}
+
+
+def _writes(name: str) -> bool:
+    """Does the method of this name change its tensor in place, or watch the gradients of one?"""
+    return (name.endswith("_") and not name.startswith("_")) or name in _WRITES
+
+
+_WRITES = {
+    "__imul__", "__iadd__", "__isub__", "__itruediv__", "__ipow__", "__setitem__",
+    "retain_grad", "register_hook", "register_post_accumulate_grad_hook",
+}  # fmt: skip
 
 
 def is_lazy(a: Any) -> bool:
