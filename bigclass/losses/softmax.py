@@ -257,7 +257,7 @@ def _prepare_sparse(task: Task, v: Tensor | None) -> _Prepared:
     assert isinstance(target, SparseTarget)
     (n, c), exact, eps = stream.shape, _factor_dtype(stream), options.smoothing
     picks, weights = target.merged()
-    check_range("target", picks, picks >= 0, c)
+    check_range("target", picks, picks != -1, c)
     used = picks >= 0
     picks = torch.where(picks < -1, c, picks)  # so that the op's own check sees it
     floor = (1.0 - eps) * target.floor + eps / c

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,6 +48,10 @@ class SparseTarget:
             raise ArgumentError(
                 f"weights: expected the shape of indices, (..., K) = {tuple(self.indices.shape)}, got {tuple(self.weights.shape)}"
             )
+        if self.weights.device != self.indices.device:
+            raise ArgumentError(f"weights: expected device {self.indices.device} (that of indices), got {self.weights.device}")
+        if isinstance(self.num_classes, float) or self.num_classes < 1:
+            raise ArgumentError(f"num_classes: expected an integer >= 1, got {self.num_classes}")
 
     @property
     def shape(self) -> torch.Size:
@@ -81,7 +86,8 @@ class SparseTarget:
 
     def __getitem__(self, rows: Any) -> SparseTarget:
         """Some of the rows: an index of the first axis."""
-        if isinstance(rows, tuple):
+        masked = isinstance(rows, Tensor) and rows.dtype == torch.bool and rows.dim() >= self.ndim
+        if isinstance(rows, tuple) or masked or (self.ndim == 1 and rows is not None and rows is not Ellipsis):
             raise ArgumentError(f"SparseTarget: only rows can be indexed, got {rows}")
         return replace(self, indices=self.indices[rows], weights=self.weights[rows])
 
@@ -106,9 +112,10 @@ class SparseTarget:
         """1 where the target is above threshold, else 0."""
         index, weights = self.merged()
         floor = float(self.floor > threshold)
-        above = (weights + self.floor > threshold).to(weights.dtype) - floor
+        above = (weights + self.floor > threshold).to(self.dtype) - floor
         above = above.masked_fill(index < 0, 0.0)
-        return SparseTarget(index.reshape(self.indices.shape), above.reshape(self.weights.shape), self.num_classes, floor)
+        shape = (*self.indices.shape[:-1], index.shape[1])
+        return SparseTarget(index.reshape(shape), above.reshape(shape), self.num_classes, floor)
 
     __gt__ = gt
 
@@ -123,9 +130,12 @@ class SparseTarget:
 
     def merged(self) -> tuple[Tensor, Tensor]:
         """(indices (N, K), weights (N, K)) with no class twice in a row: its first entry has the sum, the others are -1 and 0."""
-        k = self.indices.shape[-1]
-        index, weights = self.indices.reshape(-1, k).long(), self.weights.reshape(-1, k)
-        weights = weights.masked_fill(index == -1, 0.0)
+        n, k = math.prod(self.indices.shape[:-1]), self.indices.shape[-1]
+        index, weights = self.indices.reshape(n, k).long(), self.weights.reshape(n, k)
+        if k == 0:
+            return index.new_full((n, 1), -1), weights.new_zeros((n, 1))
+        # 16 bits would round the sums
+        weights = (weights if weights.dtype.itemsize >= 4 else weights.float()).masked_fill(index == -1, 0.0)
         if k == 1:
             return index, weights
         first = (index.unsqueeze(2) == index.unsqueeze(1)).to(torch.int8).argmax(2)  # (N, K): where the class stands first
