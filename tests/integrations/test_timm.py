@@ -311,8 +311,8 @@ def test_sparse_mixup_refuses_what_it_cannot_do():
 @pytest.mark.parametrize("amp", [False, True], ids=["float32", "amp"])
 def test_the_flow_of_timms_own_training_script(amp):
     """Task wrapper, head-init options, EMA, gradient clipping, its loss scaler, evaluation of model and EMA."""
-    from timm.optim import create_optimizer_v2
     from timm.models import model_parameters
+    from timm.optim import create_optimizer_v2
     from timm.utils import ModelEmaV3, NativeScaler, accuracy
 
     task = pytest.importorskip("timm.task", reason="this timm has no training tasks")
