@@ -137,9 +137,9 @@ def test_confident_rows_keep_their_gradient_in_float32(road, k):
     engine, gradients = road
     n, c, d = 64, 500, 32
     x, w, b, y = draw("flat", n, c, d, torch.float32, 1)
-    with torch.no_grad():  # losses of about e^-14
+    with torch.no_grad():  # losses of about e^-17
         x *= 0.1
-        x += (math.log(c) + torch.linspace(13.5, 14.5, n))[:, None] * F.normalize(w[y], dim=1) / w[y].norm(dim=1, keepdim=True)
+        x += (math.log(c) + torch.linspace(18.5, 19.5, n))[:, None] * F.normalize(w[y], dim=1) / w[y].norm(dim=1, keepdim=True)
     g = torch.Generator().manual_seed(0)
     index = torch.cat((y[:, None], torch.randint(c, (n, k - 1), generator=g)), 1)
     weights = torch.cat((torch.ones(n, 1), torch.zeros(n, k - 1)), 1)
@@ -158,7 +158,7 @@ def test_confident_rows_keep_their_gradient_in_float32(road, k):
     plain = [q.detach().requires_grad_() for q in (x, w, b)]
     s = F.linear(*plain)
     (s.logsumexp(1) - s.gather(1, y[:, None])[:, 0]).mean().backward()
-    assert error(plain[0].grad, want[0]) > 1e-3  # what this is about
+    assert error(plain[0].grad, want[0]) > 5e-4  # what this is about
 
 
 @every_road
