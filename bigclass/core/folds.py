@@ -306,12 +306,11 @@ class ShiftedMoment(Fold):
     def lift_triton(s):
         # One of the largest is left out, by counting them: an argmax has nothing to return for a row of NaN.
         m = tl.max(s, axis=1)
-        largest = s == m[:, None]
         u = s - tl.where(m == float("-inf"), 0.0, m)[:, None]
         u = tl.where(u < -1e4, -1e4, u)  # keeps NaN, which tl.maximum would not
-        rest = tl.where(largest, 0.0, tl.exp2(u * 1.4426950408889634))
-        ties = tl.where(m == float("-inf"), 0.0, tl.sum(tl.where(largest, 1.0, 0.0), axis=1) - 1.0)
-        return m, tl.sum(rest, axis=1) + ties, tl.sum((u - 1.0) * rest, axis=1) - ties
+        rest = tl.where(u == 0.0, 0.0, tl.exp2(u * 1.4426950408889634))
+        more = tl.where(m == float("-inf"), 1.0, tl.sum(tl.where(u == 0.0, 1.0, 0.0), axis=1)) - 1.0
+        return m, tl.sum(rest, axis=1) + more, tl.sum((u - 1.0) * rest, axis=1) - more
 
     @triton_form
     def merge_triton(m, l, t, m2, l2, t2):  # noqa: E741

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from bigclass.core.engines.support import interpreting
+from bigclass.core.folds import Fold
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,23 +48,26 @@ class Config:
     group: int = 16
 
 
-# (architecture, bytes of an operand's element) -> (light, heavy). Light: a lone fold of at most two numbers a row, whose registers leave
-# room for a large tile. Heavy: everything else (several folds, three-part states, columns, several picks a row).
+# (architecture, bytes of an operand's element) -> (light, heavy, heaviest), see `weight`.
 # sm_90: 256x128 rather than 128x256, for a thread then meets half as many classes, whose bias spilled.
-TABLE: dict[tuple[str, int], tuple[Config, Config]] = {
-    ("sm_80", 2): (Config(128, 128, 32, 8, 3, False), Config(64, 128, 32, 4, 3, False)),
-    ("sm_80", 4): (Config(64, 64, 32, 8, 3, False), Config(64, 32, 32, 8, 3, False)),
-    ("sm_90", 2): (Config(256, 128, 64, 8, 3, True, 8), Config(128, 128, 64, 8, 3, True)),
-    ("sm_90", 4): (Config(128, 128, 32, 8, 3, True), Config(128, 64, 32, 8, 3, True)),
-    ("sm_100", 2): (Config(128, 128, 64, 8, 3, True), Config(128, 64, 64, 8, 2, True)),
-    ("sm_100", 4): (Config(128, 128, 32, 8, 3, True), Config(128, 64, 32, 8, 3, True)),
+TABLE: dict[tuple[str, int], tuple[Config, Config, Config]] = {
+    ("sm_80", 2): (Config(128, 128, 32, 8, 3, False), Config(64, 128, 32, 4, 3, False), Config(64, 64, 32, 8, 3, False)),
+    ("sm_80", 4): (Config(64, 64, 32, 8, 3, False), Config(64, 32, 32, 8, 3, False), Config(64, 32, 32, 8, 3, False)),
+    ("sm_90", 2): (Config(256, 128, 64, 8, 3, True, 8), Config(128, 128, 64, 8, 3, True), Config(128, 64, 64, 8, 3, True)),
+    ("sm_90", 4): (Config(128, 128, 32, 8, 3, True), Config(128, 64, 32, 8, 3, True), Config(64, 64, 32, 8, 3, True)),
+    ("sm_100", 2): (Config(128, 128, 64, 8, 3, True), Config(128, 64, 64, 8, 2, True), Config(128, 64, 64, 8, 2, True)),
+    ("sm_100", 4): (Config(128, 128, 32, 8, 3, True), Config(128, 64, 32, 8, 3, True), Config(128, 32, 32, 8, 3, True)),
     # small, so that small tests have ragged ends in every direction
-    ("interpreter", 2): (Config(64, 64, 32, 4, 1, False, 2), Config(32, 64, 32, 4, 1, False, 2)),
-    ("interpreter", 4): (Config(64, 64, 32, 4, 1, False, 2), Config(32, 64, 32, 4, 1, False, 2)),
+    ("interpreter", 2): (Config(64, 64, 32, 4, 1, False, 2), Config(32, 64, 32, 4, 1, False, 2), Config(32, 32, 32, 4, 1, False, 2)),
+    ("interpreter", 4): (Config(64, 64, 32, 4, 1, False, 2), Config(32, 64, 32, 4, 1, False, 2), Config(32, 32, 32, 4, 1, False, 2)),
 }
 
-# Bytes of an element -> the tile, on every architecture, where rows are no whole 16 bytes: pointers then take the registers of a large one.
-POINTERS = {2: Config(128, 64, 32, 8, 3, False), 4: Config(64, 32, 32, 8, 3, False)}
+# Bytes of an element -> (light and heavy, heaviest), on every architecture, where rows are no whole 16 bytes: pointers then take the
+# registers of a large tile.
+POINTERS = {
+    2: (Config(128, 64, 32, 8, 3, False), Config(64, 64, 32, 8, 3, False)),
+    4: (Config(64, 32, 32, 8, 3, False), Config(64, 32, 32, 8, 3, False)),
+}
 
 MERGE_BLOCK = 128  # states merged by one program: one for each of its threads
 ROWS = Config(16, 0, 64, 4, 2, False)  # rows of a program that reads or adds picks, features at a time
@@ -79,10 +83,23 @@ def architecture(device: torch.device) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
-def config(device: torch.device, dtype: torch.dtype, *, heavy: bool, described: bool = True) -> Config:
-    """The tile of a recipe. described: can descriptors address the operands?"""
-    name = architecture(device)
-    return TABLE[name, dtype.itemsize][heavy] if described or name == "interpreter" else POINTERS[dtype.itemsize]
+def weight(folds: Sequence[Fold], *, given: bool = False, searched: bool = False, bent: bool = False) -> int:
+    """What the registers must hold beside the logits: 0 (light), 1 (heavy) or 2 (heaviest).
+
+    Light: a lone fold of at most two numbers a row. Heavy: several folds, columns, a tile searched for its picks (a fold counts them, even
+    one, or there are several a row), bent: the gradient under a map, which keeps z beside s and G. Heaviest: an N x C tensor is read,
+    or a fold has three numbers or more (entropy).
+    """
+    if given or any("grid" in f.tensor_axes[: len(f.tensors)] or len(f.differentiable) > 2 for f in folds):
+        return 2
+    return int(len(folds) != 1 or folds[0].axis != "rows" or searched or bent)
+
+
+def config(name: str, dtype: torch.dtype, weight: int, *, described: bool = True) -> Config:
+    """The tile on an architecture. described: can descriptors address the operands?"""
+    if described or name == "interpreter":
+        return TABLE[name, dtype.itemsize][weight]
+    return POINTERS[dtype.itemsize][weight == 2]
 
 
 def processors(device: torch.device) -> int:
