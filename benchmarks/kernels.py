@@ -224,7 +224,7 @@ def read_binary(cubin: bytes, shared: int) -> Binary:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, text = _tool("cuobjdump", "-res-usage", file.name), _tool("nvdisasm", file.name)
+        usage, text = _tool("cuobjdump", "-res-usage", file.name), _tool("nvdisasm", "-c", "-ndf", file.name)
     resources = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if resources is None:
         raise RuntimeError(f"expected cuobjdump to name registers and stack, got {usage!r}")
