@@ -6,8 +6,9 @@
     gradient  one tile a program: acc again (or read, where the forward stored it), G = dL/dz, written in the operands' type
     read_picks, add_picks   N K dot products: the picked logits; G[i, pick_ik] = what the folds gave there + h_ik
 
-Flops: fold and gradient 2NCD each. Bytes: fold reads w once for each group of 16 bands and x once for each class split (from L2 while 16
-bands of x fit), writes 4 x states x N x splits; gradient reads the same and writes the operand size x N x C. Floor: the GEMM's time.
+Flops: fold and gradient 2NCD each. Bytes: fold reads w once for each group of bands (8 or 16: `Config.group`) and x once for each class
+split (from L2 while a group's x fits), writes 4 x states x N x splits; gradient reads the same and writes the operand size x N x C. Floor:
+the GEMM's time.
 Epilogue instructions a logit (sm_90, 8 warps, from the compiled binary; `python -m benchmarks.kernels` prints them): see launch.py.
 
 Ragged ends: rows past N repeat the last row (or read zeros) and are never stored, classes past C are -inf and only in a last, peeled tile,
@@ -98,10 +99,16 @@ def _raw(x0, w0, x1, w1, stored, class_scale, given, bias, scale, scale_tensor, 
 
 @triton.jit
 def _first_pick(picks, rows, N, K, class0):
-    """How many of each row's picks (ascending, -1 first) lie before class0 of all classes."""
+    """How many of each row's picks (ascending, -1 first) lie before class0 of all classes: log2 K looks at them."""
+    step = tl.minimum(K, 1)
+    while step * 2 <= K:
+        step *= 2
     before = tl.zeros_like(rows)
-    for k in range(0, K):
-        before += (tl.load(picks + rows.to(tl.int64) * K + k, mask=rows < N, other=NO_CLASS) < class0).to(tl.int32)
+    while step > 0:
+        at = before + step - 1
+        pick = tl.load(picks + rows.to(tl.int64) * K + at, mask=(rows < N) & (at < K), other=NO_CLASS)
+        before += tl.where(pick < class0, step, 0)
+        step = step // 2
     return before
 
 
@@ -238,12 +245,14 @@ def gradient(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, pic
     s = BEND(z, tensors, numbers)
     live = (cols < C)[None, :]
     sx, livex = s, live
+    if picks is not None and not ONE_PICK:
+        first_pick = _first_pick(picks, rows, N, K, class_base + class0)
     if EXCLUDE:
         if ONE_PICK:
             hit = cols[None, :] == (tl.load(picks + rows, mask=rows < N, other=-1) - class_base)[:, None]
         else:
             hit = cols[None, :] < tl.zeros_like(rows)[:, None]
-            at = _first_pick(picks, rows, N, K, class_base + class0)
+            at = first_pick
             next_pick = _pick(picks, rows, N, K, at, class_base)
             inside = next_pick < class0 + BN
             while tl.max(inside.to(tl.int32), axis=0) > 0:
@@ -264,7 +273,7 @@ def gradient(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, pic
             there = (pick >= class0) & (pick < class0 + BN) & (rows < N)
             tl.store(base + rows, tl.sum(tl.where(cols[None, :] == pick[:, None], g, 0.0), axis=1), mask=there)
         else:
-            place_of = _first_pick(picks, rows, N, K, class_base + class0)
+            place_of = first_pick
             coming = _pick(picks, rows, N, K, place_of, class_base)
             there = coming < class0 + BN
             while tl.max(there.to(tl.int32), axis=0) > 0:
