@@ -52,6 +52,8 @@ class Config:
 
 # (architecture, bytes of an operand's element) -> (light, heavy, heaviest), see `weight`.
 # sm_90: 256x128 rather than 128x256, for a thread then meets half as many classes, whose bias spilled.
+# Not served: an N x C tensor added to the logits beside a fold of three numbers, which no public function asks for. Where C is no multiple
+# of 16 that spills up to 1.4 KB.
 TABLE: dict[tuple[str, int], tuple[Config, Config, Config]] = {
     ("sm_80", 2): (Config(128, 128, 32, 8, 3, False), Config(64, 128, 32, 4, 3, False), Config(64, 64, 32, 8, 3, False)),
     ("sm_80", 4): (Config(64, 64, 32, 8, 3, False), Config(64, 32, 32, 8, 3, False), Config(64, 32, 32, 8, 3, False)),
@@ -60,8 +62,8 @@ TABLE: dict[tuple[str, int], tuple[Config, Config, Config]] = {
     ("sm_100", 2): (Config(128, 128, 64, 8, 3, True), Config(128, 64, 64, 8, 2, True), Config(128, 64, 64, 8, 2, True)),
     ("sm_100", 4): (Config(128, 128, 32, 8, 3, True), Config(128, 64, 32, 8, 3, True), Config(128, 32, 32, 8, 3, True)),
     # small, so that small tests have ragged ends in every direction
-    ("interpreter", 2): (Config(64, 64, 32, 4, 1, False, 2), Config(32, 64, 32, 4, 1, False, 2), Config(32, 32, 32, 4, 1, False, 2)),
-    ("interpreter", 4): (Config(64, 64, 32, 4, 1, False, 2), Config(32, 64, 32, 4, 1, False, 2), Config(32, 32, 32, 4, 1, False, 2)),
+    ("interpreter", 2): (Config(64, 64, 32, 4, 1, False, 2), Config(32, 64, 32, 4, 1, False, 2), Config(32, 64, 32, 4, 1, False, 2)),
+    ("interpreter", 4): (Config(64, 64, 32, 4, 1, False, 2), Config(32, 64, 32, 4, 1, False, 2), Config(32, 64, 32, 4, 1, False, 2)),
 }
 
 # Bytes of an element -> (light and heavy, heaviest), on every architecture, where rows are no whole 16 bytes: pointers then take the
