@@ -31,7 +31,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bigclass.core import Fold, LogSumExp, Map, ShiftedMoment, Softcap, Stream, Total
+from bigclass.core import Dot, Fold, LogSumExp, Map, ShiftedMoment, Softcap, Stream, Total
 from bigclass.extras import require
 
 if TYPE_CHECKING:
@@ -63,7 +63,10 @@ COPIES = {"fold": 2, "gradient": 1}
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A stream, its folds, the picks of a row. stored: the products lie in memory, as when gradients are made in the forward."""
+    """A stream, its folds, the picks of a row.
+
+    given: an N x C tensor is added to the logits. weights: folds read class vectors, where they may. stored: the products lie in memory, as
+    when gradients are made in the forward. All gradients leave rows out (`keep`); of stored products they are boosted, as for fp16."""
 
     folds: tuple[Fold, ...]
     picks: int = 0
@@ -71,6 +74,8 @@ class Recipe:
     pairs: int = 1
     bias: bool = False
     class_scale: bool = False
+    given: bool = False
+    weights: bool = False
     stored: bool = False
 
 
@@ -91,7 +96,12 @@ RECIPES = {
     "bias": Recipe((_REST,), picks=1, bias=True),
     "bias smoothing": Recipe((_REST, Total()), picks=1, bias=True),
     "class scale": Recipe((_REST,), picks=1, class_scale=True),
+    "given": Recipe((_REST,), picks=1, given=True),
+    "probabilities": Recipe((LogSumExp(), Dot())),
+    "probabilities weights bias cap": Recipe((LogSumExp(), Dot(), Total()), maps=_CAP, bias=True, weights=True),
+    "entropy bias cap": Recipe((_REST, ShiftedMoment()), picks=1, maps=_CAP, bias=True),
     "stored": Recipe((_REST,), picks=1, stored=True),
+    "stored entropy": Recipe((_REST, ShiftedMoment()), picks=1, bias=True, stored=True),
 }
 
 
@@ -153,19 +163,27 @@ def compile_recipe(recipe: Recipe, dtype: torch.dtype, features: int, arch: str)
     rows, columns, at_picks = torch.empty(n), torch.empty(c), torch.empty(n, k) if k else None
     pairs = tuple([(torch.empty(n, features, dtype=dtype), torch.empty(c, features, dtype=dtype)) for _ in range(recipe.pairs)])
     bias = torch.empty(c, dtype=dtype) if recipe.bias else None
-    stream = Stream(pairs, bias=bias, class_scale=columns if recipe.class_scale else None, maps=recipe.maps)
+    grid = torch.empty(n, c + 1)[:, :c]  # rows of no whole 16 bytes, which take more registers
+    scale = columns if recipe.class_scale else None
+    stream = Stream(pairs, bias=bias, class_scale=scale, given=grid if recipe.given else None, maps=recipe.maps)
     picks = torch.empty(n, k, dtype=torch.int32) if k else None
     stored = torch.empty(n, c) if recipe.stored else None
-    problem = Problem(stream, recipe.folds, () if recipe.stored else pairs, n, c, picks, stored=stored)
+
+    def with_tensors(f: Fold) -> Fold:
+        return replace(f, tensors=tuple([grid if a == "grid" else columns for a in f.tensor_axes if a == "grid" or recipe.weights]))
+
+    folds = tuple([with_tensors(f) for f in recipe.folds])
+    problem = Problem(stream, folds, () if recipe.stored else pairs, n, c, picks, stored=stored)
 
     def vectors(f: Fold) -> list[Tensor]:
         return [rows if f.axis == "rows" else columns for _ in f.differentiable]
 
-    states = [tuple(vectors(f)) for f in recipe.folds]
-    grads = [[v if d else None for v, d in zip(vectors(f), f.differentiable, strict=True)] for f in recipe.folds]
+    states = [tuple(vectors(f)) for f in folds]
+    grads = [[v if d else None for v, d in zip(vectors(f), f.differentiable, strict=True)] for f in folds]
+    keep, boost = torch.empty(n, dtype=torch.uint8), 256.0 if recipe.stored else 1.0
     with launch.compiling_for(arch) as compiled:
         problem.fold(at_picks)
-        problem.gradient(states, grads, at_picks, None, torch.empty(n, c, dtype=dtype), 1.0)
+        problem.gradient(states, grads, at_picks, keep, torch.empty(n, c, dtype=dtype), boost)
         return list(compiled)
 
 
@@ -206,7 +224,7 @@ def read_binary(cubin: bytes, shared: int) -> Binary:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, text = _tool("cuobjdump", "-res-usage", file.name), _tool("nvdisasm", file.name)
+        usage, text = _tool("cuobjdump", "-res-usage", file.name), _tool("nvdisasm", "-c", "-ndf", file.name)
     resources = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if resources is None:
         raise RuntimeError(f"expected cuobjdump to name registers and stack, got {usage!r}")

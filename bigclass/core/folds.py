@@ -304,11 +304,13 @@ class ShiftedMoment(Fold):
 
     @triton_form
     def lift_triton(s):
-        m, top = tl.max(s, axis=1, return_indices=True)
+        # One of the largest is left out, by counting them: an argmax has nothing to return for a row of NaN.
+        m = tl.max(s, axis=1)
         u = s - tl.where(m == float("-inf"), 0.0, m)[:, None]
         u = tl.where(u < -1e4, -1e4, u)  # keeps NaN, which tl.maximum would not
-        rest = tl.where(tl.arange(0, s.shape[1])[None, :] == top[:, None], 0.0, tl.exp2(u * 1.4426950408889634))  # pyright: ignore[reportAttributeAccessIssue]
-        return m, tl.sum(rest, axis=1), tl.sum((u - 1.0) * rest, axis=1)
+        rest = tl.where(u == 0.0, 0.0, tl.exp2(u * 1.4426950408889634))
+        more = tl.where(m == float("-inf"), 1.0, tl.sum(tl.where(u == 0.0, 1.0, 0.0), axis=1)) - 1.0
+        return m, tl.sum(rest, axis=1) + more, tl.sum((u - 1.0) * rest, axis=1) - more
 
     @triton_form
     def merge_triton(m, l, t, m2, l2, t2):  # noqa: E741

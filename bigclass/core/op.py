@@ -18,20 +18,21 @@ registered names, numbers and tensors (recipe.py). The dense engine is the excep
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from bigclass.core.engines import dense, streaming_engine
-from bigclass.core.engines.support import fused_reason
+from bigclass.core.engines.support import form_reason, fused_reason, grids
 from bigclass.core.errors import ArgumentError, ArgumentTypeError
 from bigclass.core.folds import Fold, State
 from bigclass.core.guards import autocast_off, autograd_inside_op, refuse_create_graph, refuse_transforms
 from bigclass.core.plan import Plan, Settings, Work, choose_engine, choose_gradients, make_plan, settings, tile_buffers
 from bigclass.core.recipe import pack, unpack
 from bigclass.core.row_losses import ROW_LOSSES
-from bigclass.core.stream import Stream
+from bigclass.core.stream import Map, Stream
 
 
 def reduce_logits(
@@ -53,7 +54,7 @@ def reduce_logits(
         IndexError: a pick outside [-1, C). ValueError, TypeError: shapes, dtypes or devices that do not fit.
     """
     _check(stream, picks, folds, keep)
-    name = engine if engine == "dense" else choose_engine(_work(stream, folds, scalar=False), engine)
+    name = engine if engine == "dense" else _choose(_work(stream, folds, keep, scalar=False), engine, stream, folds)
     if name == "dense":
         if picks is not None and torch.compiler.is_compiling():
             picks = _checked(picks, stream.shape[1])
@@ -105,8 +106,8 @@ def stream_loss(
     tensors = [*stream.tensors, *[t for f in folds for t in f.tensors], *args]
     needs = [t.requires_grad and torch.is_grad_enabled() for t in tensors]
     options = settings()
-    work = _work(stream, folds, scalar=True, grad=any(needs))
-    name = choose_engine(work, engine)
+    work = _work(stream, folds, keep, scalar=True, grad=any(needs))
+    name = _choose(work, engine, stream, folds)
     if name == "dense" or choose_gradients(work, options) == "recompute":
         states, picked = reduce_logits(stream, picks, folds, keep=keep, engine=name)
         if keep is not None:  # what ignored rows hold (0 times an infinite identity is NaN) must not reach the gradients of args
@@ -129,7 +130,7 @@ def _reduce(
     stream, folds = unpack(recipe, numbers, tensors)
     _assert_picks(picks, stream.shape[1])
     with autocast_off(stream.device):
-        chosen = _plan(plan, _work(stream, folds, scalar=False, grad=False))
+        chosen = _plan(plan, _work(stream, folds, keep, scalar=False, grad=False))
         states, picked = streaming_engine(chosen.engine).reduce(stream, picks, keep, folds, chosen)
     return [t for state in states for t in state] + ([] if picked is None else [picked])
 
@@ -162,7 +163,7 @@ def _reduce_backward(
         at += width
     h = upstream[at] if picks is not None else None
     with autocast_off(stream.device):
-        chosen = _plan(plan, _work(stream, folds, scalar=False, grad=True))
+        chosen = _plan(plan, _work(stream, folds, keep, scalar=False, grad=True))
         return streaming_engine(chosen.engine).reduce_backward(stream, picks, keep, folds, chosen, folded, parts, h, needs)
 
 
@@ -219,7 +220,7 @@ def _stream_loss(
         return _row_loss_gradients(row_loss, row_numbers, folds, states, picked, chunk, arg_needs, mask)
 
     with autocast_off(stream.device):
-        chosen = _plan(plan, _work(stream, folds, scalar=True, grad=any(needs)))
+        chosen = _plan(plan, _work(stream, folds, keep, scalar=True, grad=any(needs)))
         module = streaming_engine(chosen.engine)
         if not any(needs):
             states, picked = module.reduce(stream, picks, keep, folds, chosen)
@@ -345,9 +346,10 @@ def _squeeze(state: State) -> State:
     return tuple([t.squeeze(-1) if t.shape[-1] == 1 else t for t in state])
 
 
-def _work(stream: Stream, folds: Sequence[Fold], *, scalar: bool, grad: bool = True) -> Work:
+def _work(stream: Stream, folds: Sequence[Fold], keep: Tensor | None, *, scalar: bool, grad: bool = True) -> Work:
     n, c = stream.shape
     lone = len(folds) == 1 and folds[0].overwrites and len(stream.maps) == 0
+    products = [stream.compute_dtype or torch.promote_types(x.dtype, w.dtype) for x, w in stream.pairs]
     return Work(
         n=n,
         c=c,
@@ -359,7 +361,30 @@ def _work(stream: Stream, folds: Sequence[Fold], *, scalar: bool, grad: bool = T
         wide=stream.accumulate_dtype == torch.float64,
         buffers=tile_buffers(lone, scalar, len(stream.maps)),
         not_fused=fused_reason(stream, folds),
+        narrow=all(dtype.itemsize == 2 for dtype in products),
+        masked=keep is not None,
+        cast=any(t.dtype != dtype for pair, dtype in zip(stream.pairs, products, strict=True) for t in pair),
+        laid_out=sum(t.numel() * t.element_size() for t in grids(stream, folds) if t.stride(1) != 1),
     )
+
+
+def _choose(work: Work, engine: str, stream: Stream, folds: Sequence[Fold]) -> str:
+    """The engine's name. On a GPU, "auto" falls to tiled without the user's asking: if a form of theirs is all that lacks, say so once."""
+    name = choose_engine(work, engine)
+    if name == "tiled" and engine == "auto" and work.device == "cuda" and not torch.compiler.is_compiling():
+        own = form_reason([m for m in stream.maps if _foreign(m)], [f for f in folds if _foreign(f)])
+        if own is not None and own == work.not_fused and own not in _said:
+            _said.add(own)
+            warnings.warn(f"bigclass: not the fused engine but the tiled one, for {own}", UserWarning, stacklevel=3)
+    return name
+
+
+_said: set[str] = set()
+
+
+def _foreign(part: Fold | Map) -> bool:
+    """Is it registered from outside? What this library leaves without a form, its user cannot help."""
+    return not type(part).__module__.startswith("bigclass.")
 
 
 def _plan(plan: str, work: Work) -> Plan:

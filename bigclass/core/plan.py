@@ -13,14 +13,16 @@ elementwise passes to find it in cache (CPU).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 
-from bigclass.core.engines.support import device_reason
+from bigclass.core.engines.support import device_reason, form_reason
 from bigclass.core.errors import ArgumentError
+from bigclass.core.folds import Fold, LogSumExp, Total
+from bigclass.core.stream import Map, Softcap
 
 MIB = 1 << 20
 
@@ -145,6 +147,8 @@ class Work:
     n, c, d: rows, classes, features. scalar: is the loss a sum over rows (so that gradients can be made in the forward)?
     grad: are gradients needed? half: are operands of a 16-bit type? wide: are sums in fp64? buffers: tile-sized work buffers.
     device: the device's type. not_fused: why the fused engine cannot take it; None: it can.
+    For that engine: narrow: are products of a 16-bit type (not if one operand is wide)? masked: are rows left out? cast: is an operand
+    cast for its product? laid_out: bytes of N x C tensors that it copies, for their classes do not lie side by side.
     """
 
     n: int
@@ -157,6 +161,10 @@ class Work:
     wide: bool = False
     buffers: int = 1
     not_fused: str | None = None
+    narrow: bool = False
+    masked: bool = False
+    cast: bool = False
+    laid_out: int = 0
 
     def of(self, table: dict[str, int]) -> int:
         """This device's entry of a table."""
@@ -237,8 +245,8 @@ def make_plan(work: Work, engine: str = "auto", options: Settings | None = None)
                 f"{n} x {c} logits are {size / MIB:.2f} MiB, under {DENSE_BYTES / MIB:.0f} MiB: fixed costs rule, so they are written out"
             )
         return Plan("dense", "none" if gradients == "none" else "forward", 0, n, c, size * (3 if work.grad else 2), tuple(why))
-    why.append("asked for" if engine == "tiled" else f"{n} x {c} logits would be {size / MIB:.0f} MiB: made a tile at a time instead")
-    if work.device == "cuda" and name == "tiled" and engine == "auto":
+    why.append("asked for" if engine != "auto" else f"{n} x {c} logits would be {size / MIB:.0f} MiB: made a tile at a time instead")
+    if work.device != "cpu" and name == "tiled" and engine == "auto":
         why.append(f"not the fused engine, for {work.not_fused}")
     if name == "fused":
         return _fused_plan(work, gradients, options, why)
@@ -290,34 +298,38 @@ def make_plan(work: Work, engine: str = "auto", options: Settings | None = None)
 
 def _fused_plan(work: Work, gradients: str, options: Settings, why: list[str]) -> Plan:
     """Chunks of rows ("forward") or slabs of classes ("recompute") of the fused engine. Its register tiles: engines/fused/launch.py."""
-    n, c, item = max(work.n, 1), work.c, 2 if work.half else 4
+    n, c, d, item = max(work.n, 1), work.c, work.d, 2 if work.narrow else 4
     budget = _workspace(work, options)
-    chunk = 0
+    # bytes for each row: x masked or cast, and the fp32 sum of dx; for each class: w cast, and ("recompute") the fp32 sum of dw
+    of_row = d * item * (work.masked or work.cast) + d * 4 * (work.half and work.grad)
+    of_class = d * item * work.cast
     if gradients == "forward":
         # a slab of G beside the kept logits: as wide as an eighth of the budget
-        fit = max((budget - budget // 8) // (c * 4), 1)
+        fit = max((budget - budget // 8) // (c * 4 + of_row), 1)
         chunk = -(-n // -(-n // min(fit, n)))
         aligned = -(-chunk // 128) * 128
         chunk = aligned if aligned <= min(fit, n) else chunk
-        class_block = _even(c, max(budget // 8 // (chunk * item), 256))
-        size = chunk * c * 4 + chunk * class_block * item
+        class_block = _even(c, max(budget // 8 // (chunk * item + of_class), 256))
+        size = chunk * (c * 4 + of_row) + class_block * (chunk * item + of_class)
         why.append(f"{chunk} whole rows of logits fit the workspace: gradients come with the loss, 3 passes instead of 4")
         if work.half:
             why.append("dw stays fp32 until the upstream gradient arrives (one C x D fp32 buffer)")
-        return Plan("fused", gradients, chunk, chunk, class_block, size, tuple(why))
-    class_block = _even(c, max(min(SLAB_ELEMENTS, budget // 2 // item) // n, 256))
+        return Plan("fused", gradients, chunk, chunk, class_block, size + work.laid_out, tuple(why))
     if gradients == "none":
         why.append("no gradients wanted: one pass, logits in registers only")
-        class_block = _even(c, max(budget // 2 // (item * work.d), 256))  # of a weight that must be cast
-        return Plan("fused", gradients, 0, n, class_block, n * 64, tuple(why))
+        class_block = _even(c, max(budget // 2 // (item * d), 256))  # of a weight that must be cast
+        return Plan("fused", gradients, 0, n, class_block, n * (64 + of_row) + class_block * of_class + work.laid_out, tuple(why))
+    of_class += d * 4 * work.half
+    class_block = _even(c, max(min(SLAB_ELEMENTS // n, budget // 2 // (n * item + of_class)), 256))
     if not work.scalar:
         why.append("the loss is not one sum over rows (or its statistics are wanted), so gradients recompute the logits: 4 passes")
     elif options.gradients == "recompute":
         why.append("recompute was asked for")
     else:
         why.append(f"under {work.of(MIN_CHUNK_ROWS)} whole rows of {c} logits fit the workspace: the backward makes logits again, 4 passes")
-    why.append(f"G of {class_block} classes at a time, in the operands' type")
-    return Plan("fused", gradients, 0, n, class_block, n * class_block * item + (n * work.d * 4 if work.half else 0), tuple(why))
+    why.append(f"G of {class_block} classes at a time, in the type of the products")
+    size = n * of_row + class_block * (n * item + of_class)
+    return Plan("fused", gradients, 0, n, class_block, size + work.laid_out, tuple(why))
 
 
 def _even(total: int, most: int) -> int:
@@ -341,6 +353,8 @@ def explain(
     label_smoothing: float = 0.0,
     return_stats: bool = False,
     engine: str = "auto",
+    folds: Sequence[Fold] | None = None,
+    maps: Sequence[Map] | None = None,
 ) -> Plan:
     """What `linear_cross_entropy` would do for these shapes, and why.
 
@@ -348,6 +362,7 @@ def explain(
         rows, classes, features: N, C and D. dtype: of the features and the weights. device: where they lie.
         requires_grad: will a backward follow?
         reduction, softcap, label_smoothing, return_stats, engine: as in the call.
+        folds, maps: of `core.reduce_logits`, in place of cross-entropy's (their tensors may be left out).
 
     Returns:
         A `Plan`; print it.
@@ -355,28 +370,47 @@ def explain(
     Example:
         >>> print(bigclass.explain(8192, 256000, 2304, dtype=torch.bfloat16))  # doctest: +SKIP
     """
-    scalar = reduction != "none" and not return_stats
+    place = torch.device(device)
+    scalar = reduction != "none" and not return_stats and folds is None
+    lone = folds is None and softcap is None and not label_smoothing
+    of_maps = ((Softcap.at(softcap),) if softcap is not None else ()) if maps is None else tuple(maps)
+    of_folds = (LogSumExp(exclude_picks=True), *((Total(),) if label_smoothing else ())) if folds is None else tuple(folds)
+    reason = "it has no float64 products" if dtype == torch.float64 else device_reason(place) or form_reason(of_maps, of_folds)
+    half = dtype.itemsize == 2
     work = Work(
         n=rows,
         c=classes,
         d=features,
-        device=torch.device(device).type,
+        device=place.type,
         scalar=scalar,
         grad=requires_grad,
-        half=dtype.itemsize == 2,
+        half=half,
         wide=dtype == torch.float64,
-        buffers=tile_buffers(softcap is None and not label_smoothing, scalar, int(softcap is not None)),
-        not_fused="it has no float64 products" if dtype == torch.float64 else device_reason(torch.device(device)),
+        buffers=tile_buffers(lone, scalar, len(of_maps)),
+        not_fused=reason,
+        narrow=half,
+        masked=folds is None,
     )
     plan = make_plan(work, engine)
-    return plan if plan.engine != "fused" else replace(plan, why=(*plan.why, _register_tile(torch.device(device), dtype)))
+    return (
+        plan if plan.engine != "fused" else replace(plan, why=(*plan.why, _register_tiles(plan, place, dtype, features, of_folds, of_maps)))
+    )
 
 
-def _register_tile(device: torch.device, dtype: torch.dtype) -> str:
-    """The fused engine's own tile, in words. A GPU that is not here is taken for an H100."""
+def _register_tiles(plan: Plan, device: torch.device, dtype: torch.dtype, features: int, folds: Sequence[Fold], maps: Sequence[Map]) -> str:
+    """The fused engine's own tiles, in words. A GPU that is not here is taken for an H100."""
     from bigclass.core.engines.fused import launch  # needs Triton, which is there if the engine was chosen
 
     there = device.type != "cuda" or torch.cuda.is_available()
     architecture = launch.architecture(device) if there else "sm_90"
-    light, heavy = (f"{t.BM} rows x {t.BN} classes, {t.warps} warps, {t.stages} stages" for t in launch.TABLE[architecture, dtype.itemsize])
-    return f"kernels for {architecture}{'' if there else ' (no GPU here)'}: {light}; with several folds {heavy}"
+    stored = plan.gradients == "forward"  # all its kernels read logits in fp32
+    described = stored or features * dtype.itemsize % 16 == 0
+
+    def tile(bent: bool) -> str:
+        weight = launch.weight(folds, bent=bent)
+        t = launch.config(architecture, torch.float32 if stored else dtype, weight, described=described)
+        return f"{t.BM} rows x {t.BN} classes, {t.warps} warps, {t.stages} stages"
+
+    fold, gradient = tile(False), tile(bool(maps))
+    apart = f"; their gradient {gradient}" if plan.gradients != "none" and gradient != fold else ""
+    return f"kernels for {architecture}{'' if there else ' (no GPU here)'}: {fold}{apart}"

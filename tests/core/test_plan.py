@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bigclass
+from bigclass.core import ShiftedMoment
 from bigclass.core.plan import MIB, Settings, Work, make_plan
+from bigclass.core.topk import TopK
 
 
 @settings(max_examples=300)
@@ -64,6 +68,49 @@ def test_the_fused_engine_is_planned_for_gpus():
     assert plan.workspace <= 1 << 30 and "kernels for sm_" in str(plan)
     wide = bigclass.explain(8192, 128256, 4096, dtype=torch.float64, device="cuda")
     assert wide.engine == "tiled" and "not the fused engine, for it has no float64" in str(wide)
+
+
+def test_explain_names_the_tiles_that_the_kernels_run():
+    launch = pytest.importorskip("bigclass.core.engines.fused.launch", reason="Triton is not installed")
+
+    def explained(features=4096, gradients="auto", **options):
+        with bigclass.planning(gradients=gradients):
+            return str(bigclass.explain(8192, 128256, features, dtype=torch.bfloat16, device="cuda", engine="fused", **options))
+
+    def words(tile):
+        return f"{tile.BM} rows x {tile.BN} classes, {tile.warps} warps, {tile.stages} stages"
+
+    architecture = launch.architecture(torch.device("cuda")) if torch.cuda.is_available() else "sm_90"
+    half, stored = launch.TABLE[architecture, 2], launch.TABLE[architecture, 4]
+    assert explained(gradients="recompute").endswith(f": {words(half[0])}")
+    assert explained(gradients="recompute", label_smoothing=0.1).endswith(f": {words(half[1])}")
+    assert explained(gradients="recompute", softcap=30.0).endswith(f": {words(half[0])}; their gradient {words(half[1])}")
+    assert explained().endswith(f": {words(stored[0])}")  # gradients in the forward: kernels read logits in fp32
+    assert explained(features=70, gradients="recompute").endswith(f": {words(launch.POINTERS[2][0])}")
+    assert explained(folds=(ShiftedMoment(),)).endswith(f": {words(half[2])}")
+    assert "asked for" in explained() and "would be" not in explained()
+
+
+def test_explain_says_why_a_device_or_a_fold_falls_to_tiled():
+    pytest.importorskip("triton", reason="Triton is not installed")
+    shape = (8192, 128256, 64)
+    assert "not the fused engine, for Triton has no kernels for device 'xpu'" in str(bigclass.explain(*shape, device="xpu"))
+    plan = bigclass.explain(*shape, device="cuda", folds=(TopK((1,)),))
+    assert plan.engine == "tiled" and "not the fused engine, for fold 'topk' has no Triton form" in str(plan)
+
+
+def test_fused_plans_count_what_is_masked_cast_copied_or_summed_in_fp32():
+    work = Work(n=8192, c=128256, d=4096, device="cuda", half=True, narrow=True)
+    for gradients in ("forward", "recompute"):
+        plain, masked, laid_out = (
+            make_plan(w, "fused", Settings(None, gradients)).workspace
+            for w in (work, replace(work, masked=True), replace(work, laid_out=1 << 30))
+        )
+        assert plain < masked and laid_out - plain == 1 << 30
+    plan = make_plan(work, "fused", Settings(None, "recompute"))
+    g, dx, dw = 8192 * plan.class_block * 2, 8192 * 4096 * 4, plan.class_block * 4096 * 4
+    assert plan.workspace == g + dx + dw
+    assert make_plan(replace(work, narrow=False), "fused", Settings(None, "recompute")).workspace > plan.workspace
 
 
 def test_the_fused_engine_says_why_it_cannot_run(monkeypatch):

@@ -4,7 +4,7 @@ dense.py materialises the logits under plain autograd. An engine that streams is
 
     reduce(stream, picks, keep, folds, plan)                                      -> states, picked
     reduce_backward(stream, picks, keep, folds, plan, states, grads, h, needs)    -> gradients
-    stream_loss(stream, picks, keep, folds, row_loss, args, numbers, plan, needs) -> loss, gradients
+    stream_loss(stream, picks, keep, folds, row_loss, args, plan, needs)          -> loss, gradients
 
 and is found here by name, imported when first used (so that Triton is, too).
 """

@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from bigclass.core.folds import Fold, SumFold
-from bigclass.core.stream import Stream
+from bigclass.core.stream import Map, Stream
 
+WIDEST = 1 << 24  # elements from row to row of an N x C tensor that a kernel reads: it counts those of up to 128 rows in 32 bits
 OLDEST = (8, 0)  # compute capability: Ampere, the first with asynchronous copies and bf16
 
 
@@ -45,14 +47,41 @@ def device_reason(device: torch.device) -> str | None:
 
 
 def fused_reason(stream: Stream, folds: Sequence[Fold]) -> str | None:
-    """Why the fused engine cannot take this, or None if it can."""
+    """Why the fused engine cannot take this, or None if it can.
+
+    It is asked again inside the custom op, where grad mode is off: what needs no gradient there was refused before, if it needed one."""
     if stream.device.type == "cpu" and not interpreting():
         return device_reason(stream.device)  # the usual case first: it is asked at every call
-    reasons = (device_reason(stream.device), _stream_reason(stream), *[_fold_reason(f) for f in folds])
+    reasons = (
+        device_reason(stream.device),
+        _stream_reason(stream, folds),
+        form_reason(stream.maps, folds),
+        _gradient_reason(stream, folds),
+    )
     return next((reason for reason in reasons if reason is not None), None)
 
 
-def _stream_reason(stream: Stream) -> str | None:
+def form_reason(maps: Sequence[Map], folds: Sequence[Fold]) -> str | None:
+    """Which map or fold lacks a Triton form, or None."""
+    for m in maps:
+        if m.forward_triton is None or m.backward_triton is None:
+            return f"map {m.name!r} has no Triton form"
+    for f in folds:
+        forms = (f.term_triton, f.slope_triton) if isinstance(f, SumFold) else (f.lift_triton, f.merge_triton)
+        if any(form is None for form in forms):
+            return f"fold {f.name!r} has no Triton form"
+        if not isinstance(f, SumFold) and any(f.differentiable) and f.gradient_triton is None:
+            return f"fold {f.name!r} has no Triton form of its gradient"
+    return None
+
+
+def grids(stream: Stream, folds: Sequence[Fold]) -> list[Tensor]:
+    """Every N x C tensor that is read."""
+    of_folds = [t for f in folds for t, axis in zip(f.tensors, f.tensor_axes, strict=False) if axis == "grid"]
+    return of_folds if stream.given is None else [stream.given, *of_folds]
+
+
+def _stream_reason(stream: Stream, folds: Sequence[Fold]) -> str | None:
     if not 1 <= len(stream.pairs) <= 2:
         return f"it takes one or two operand pairs, not {len(stream.pairs)}"
     dtypes = {stream.compute_dtype or torch.promote_types(x.dtype, w.dtype) for x, w in stream.pairs}
@@ -60,22 +89,22 @@ def _stream_reason(stream: Stream) -> str | None:
         return "it has no float64 products"
     if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16, torch.float16}:
         return f"it multiplies float32, bfloat16 or float16, one type for all pairs, not {', '.join(sorted(map(str, dtypes)))}"
-    if stream.given is not None and (stream.given.requires_grad or stream.scale_tensor is not None):
-        return "a given N x C tensor gets no gradient there and takes no learnable scale"
-    for m in stream.maps:
-        if m.forward_triton is None or m.backward_triton is None:
-            return f"map {m.name!r} has no Triton form"
-        if any(t.requires_grad for t in m.tensors):
-            return f"map {m.name!r} has a parameter that needs a gradient"
+    if any(max(t.stride(0), t.shape[1]) >= WIDEST for t in grids(stream, folds)):
+        return f"it reads N x C tensors whose rows are less than {WIDEST} elements apart"
     return None
 
 
-def _fold_reason(f: Fold) -> str | None:
-    forms = (f.term_triton, f.slope_triton) if isinstance(f, SumFold) else (f.lift_triton, f.merge_triton)
-    if any(form is None for form in forms):
-        return f"fold {f.name!r} has no Triton form"
-    if not isinstance(f, SumFold) and any(f.differentiable) and f.gradient_triton is None:
-        return f"fold {f.name!r} has no Triton form of its gradient"
-    if any(t.requires_grad for t in f.tensors):
-        return f"fold {f.name!r} has a tensor that needs a gradient"
+def _gradient_reason(stream: Stream, folds: Sequence[Fold]) -> str | None:
+    if not torch.is_grad_enabled():
+        return None
+    if stream.given is not None and stream.given.requires_grad:
+        return "a given N x C tensor gets no gradient there"
+    if stream.given is not None and stream.scale_tensor is not None and stream.scale_tensor.requires_grad:
+        return "a learnable scale over a given N x C tensor gets no gradient there"
+    for m in stream.maps:
+        if any(t.requires_grad for t in m.tensors):
+            return f"map {m.name!r} has a parameter that needs a gradient"
+    for f in folds:
+        if any(t.requires_grad for t in f.tensors):
+            return f"fold {f.name!r} has a tensor that needs a gradient"
     return None

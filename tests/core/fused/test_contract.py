@@ -8,7 +8,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import bigclass
-from bigclass.core import LogSumExp, Softcap, Stream, log_sum_exp, reduce_logits, stream_loss
+from bigclass.core import LogSumExp, ShiftedMoment, Softcap, Stream, entropy, log_sum_exp, reduce_logits, stream_loss
 from bigclass.core.engines import tiles
 from tests.losses.test_contract import check_draw, check_pooled, exact, ours, with_gradients
 from tests.support import KINDS, draw, error
@@ -104,6 +104,28 @@ def test_nan_and_infinities_come_out_as_from_the_tiled_engine(road, value, where
         results.append(with_gradients(ours(*leaves, y, r, reduction="sum"), leaves))
     for got, want in zip(*results, strict=True):
         assert torch.equal(got.isfinite(), want.isfinite()) and torch.equal(got.isnan(), want.isnan())
+        there = want.isfinite()
+        assert torch.allclose(got[there], want[there], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+@pytest.mark.parametrize("where", ["features", "bias"])
+def test_nan_and_infinities_reach_the_entropy_as_on_the_tiled_engine(value, where):
+    """A row of NaN has no largest logit, and a row of equal ones has many."""
+    x, w, b, y = (t.detach() for t in draw("flat", 20, 90, 8, torch.float32, 4))
+    (x[5:6] if where == "features" else b[40:41]).fill_(value)
+    x[7] = 0.0
+    b[:40] = 1.0
+    results = []
+    for engine in ("fused", "tiled"):
+        leaves = [t.clone().requires_grad_() for t in (x, w, b)]
+        stream = Stream(((leaves[0], leaves[1]),), bias=leaves[2])
+        states, picked = reduce_logits(stream, y[:, None], (LogSumExp(exclude_picks=True), ShiftedMoment()), engine=engine)
+        h = entropy(states[1])
+        loss = (log_sum_exp(states[0]) + h + picked[:, 0]).sum()
+        results.append((h, *torch.autograd.grad(loss, leaves)))
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got.isfinite(), want.isfinite())
         there = want.isfinite()
         assert torch.allclose(got[there], want[there], rtol=1e-4, atol=1e-5)
 

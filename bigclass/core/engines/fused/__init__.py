@@ -84,7 +84,7 @@ class Problem:
 
         def part(t: Tensor, axis: str) -> Tensor:
             if axis == "grid":
-                return t[r.start : r.stop, c.start : c.stop].contiguous()
+                return t[r.start : r.stop, c.start : c.stop]
             return t[r.start : r.stop] if axis == "rows" else t[c.start : c.stop]
 
         def optional(t: Tensor | None, axis: str = "classes") -> Tensor | None:
@@ -114,9 +114,9 @@ class Problem:
             strides += [x.stride(0), w.stride(0)]
         missing = 2 - len(pairs)
         pointers += [None] * (2 * missing)
-        pointers += [self.stored, st.class_scale, _flat(st.given), st.bias, st.scale_tensor]
+        pointers += [self.stored, st.class_scale, st.given, st.bias, st.scale_tensor]
         sizes += [0] * missing
-        strides += [0] * (2 * missing) + [0 if self.stored is None else self.stored.stride(0)]
+        strides += [0] * (2 * missing) + [0 if t is None else t.stride(0) for t in (self.stored, st.given)]
         dtype = pairs[0][0].dtype if pairs else torch.float32
         constants = {
             "BM": config.BM,
@@ -132,18 +132,21 @@ class Problem:
         filler = next(t for t in (self.stored, *[t for pair in pairs for t in pair], st.given) if t is not None)
         return pointers, sizes + strides, constants, filler
 
-    def _parameters(self) -> tuple[list[Tensor], list[float]]:
-        """What maps and folds read, in the order of their composition."""
+    def _parameters(self) -> tuple[list[Any], list[float]]:
+        """What maps and folds read, in the order of their composition; an N x C tensor is followed by the stride of its rows."""
         st = self.stream
-        tensors = [t for m in st.maps for t in m.tensors] + [t.contiguous() for f in self.folds for t in f.tensors]
+        tensors: list[Any] = [t for m in st.maps for t in m.tensors]
+        for f in self.folds:
+            for t, axis in zip(f.tensors, f.tensor_axes, strict=False):
+                tensors += [t, t.stride(0)] if axis == "grid" else [t]
         return tensors, [v for m in st.maps for v in m.numbers] + [v for f in self.folds for v in f.numbers]
 
-    def _config(self, folds: Sequence[Fold], searched: bool) -> launch.Config:
+    def _config(self, folds: Sequence[Fold], *, searched: bool, bent: bool = False) -> launch.Config:
         """The tile for these folds. searched: must a tile look for its picks, beyond leaving one a row out?"""
-        light = len(folds) == 1 and len(folds[0].differentiable) <= 2 and folds[0].axis == "rows" and not searched
+        weight = launch.weight(folds, given=self.stream.given is not None, searched=searched, bent=bent)
         dtype = torch.float32 if self.stored is not None else self.pairs[0][0].dtype
         described = self.stored is not None or launch.describable([t for pair in self.pairs for t in pair])
-        return launch.config(self.stream.device, dtype, heavy=not light, described=described)
+        return launch.config(launch.architecture(self.stream.device), dtype, weight, described=described)
 
     def fold(self, picked: Tensor | None) -> list[State]:
         """The states of the folds, each part (N,) or (C,). Picked logits are written to `picked` (N, K), in the picks' order.
@@ -153,7 +156,7 @@ class Problem:
         """
         exclude = self.k > 0 and any(f.exclude_picks for f in self.folds)
         read = self.k > 0 and not all(f.exclude_picks or isinstance(f, SumFold) for f in self.folds)
-        config, device = self._config(self.folds, self.k > 1 or read), self.stream.device
+        config, device = self._config(self.folds, searched=self.k > 1 or read), self.stream.device
         made = compose.composition(self.stream.maps, [compose.part_of(f) for f in self.folds])
         bands = -(-self.n // config.BM)
         splits, each = launch.split_classes(bands, -(-self.c // config.BN), config.group, device)
@@ -199,8 +202,7 @@ class Problem:
         searched = self.picks if noted else None
         base = out.new_empty((self.n, self.k), dtype=torch.float32) if noted else None
         folds = [f for f, there in zip(self.folds, active, strict=True) if there]
-        # a map keeps z beside s and G, so its tile is a heavy one
-        config, device = self._config(folds, noted or bool(self.stream.maps)), self.stream.device
+        config, device = self._config(folds, searched=noted, bent=bool(self.stream.maps)), self.stream.device
         made = compose.composition(self.stream.maps, [compose.part_of(f, there) for f, there in zip(self.folds, active, strict=True)])
         pointers, numbers_of, constants, filler = self._shared(config)
         tensors, numbers = self._parameters()
@@ -253,7 +255,7 @@ class Problem:
 
 
 def _flat(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()
+    return None if t is None else _rowwise(t)
 
 
 def _tuple(values: Sequence[Any], filler: Any) -> tuple[Any, ...]:
@@ -306,11 +308,12 @@ def reduce_backward(
     up = _Up.of(source, folds, states, grads, h, everything)
     sink.open_rows(everything)
     operands = source.features(everything)
-    xs = maker.features(everything)
+    xs = source.of_products(operands)
     for c in spans(maker.c, plan.class_block):
         sums = sink.open_slab(c)
-        g = source.gradient(everything, c, operands, up, None, 1.0)
-        sink.add(g, None, xs, maker.slab(c), sums, everything, c, first_rows=True, first_classes=c.start == 0)
+        ws = source.weights(c)
+        g = source.gradient(everything, c, list(zip(operands, ws, strict=True)), up, None, 1.0)
+        sink.add(g, None, xs, source.of_products(ws), sums, everything, c, first_rows=True, first_classes=c.start == 0)
         sink.close_slab(c, sums)
     sink.close_rows()
     return sink.finish()
@@ -390,9 +393,9 @@ class _Source:
 
     def __init__(self, stream: Stream, picks: Tensor | None, folds: Sequence[Fold], keep: Tensor | None) -> None:
         n, self.c = stream.shape
-        # the kernels read class vectors and given logits side by side
+        # The kernels read classes side by side. An N x C tensor in which they are not (transposed) is copied whole: plan.py counts it.
         self.stream = replace(stream, bias=_flat(stream.bias), class_scale=_flat(stream.class_scale), given=_flat(stream.given))
-        self.folds = tuple(folds)
+        self.folds = tuple([replace(f, tensors=tuple([_rowwise(t) for t in f.tensors])) for f in folds])
         self.maker = TileMaker(stream, None, Rows(n, keep, compact=False))
         if picks is not None and keep is not None:  # an ignored row has no picks: what its logits hold must reach nothing
             picks = torch.where(keep.unsqueeze(-1), picks, -1)
@@ -404,12 +407,17 @@ class _Source:
         """x of each pair, as the kernels' operands."""
         return [_rowwise(self.maker.rows.take(x, r).to(dtype)) for (x, _), dtype in zip(self.stream.pairs, self.dtypes, strict=True)]
 
-    def problem(self, r: Span, c: Span, xs: Sequence[Tensor], stored: Tensor | None) -> Problem:
-        """Rows r and classes c; stored: the products of those rows with all classes."""
-        if stored is not None:
-            return self.whole.cut(r, c, (), stored[:, c.start : c.stop])
-        ws = [_rowwise(w[c.start : c.stop].to(dtype)) for (_, w), dtype in zip(self.stream.pairs, self.dtypes, strict=True)]
-        return self.whole.cut(r, c, tuple(zip(xs, ws, strict=True)))
+    def weights(self, c: Span) -> list[Tensor]:
+        """w of each pair, as the kernels' operands."""
+        return [_rowwise(w[c.start : c.stop].to(dtype)) for (_, w), dtype in zip(self.stream.pairs, self.dtypes, strict=True)]
+
+    def of_products(self, operands: Sequence[Tensor]) -> list[Tensor]:
+        """The kernels' operands as those of the library's products: the same tensors, but wider where it has no products into fp32."""
+        return [t.to(dtype) for t, dtype in zip(operands, self.maker.operand_dtypes, strict=True)]
+
+    def problem(self, r: Span, c: Span, pairs: Sequence[tuple[Tensor, Tensor]], stored: Tensor | None) -> Problem:
+        """Rows r and classes c of it. stored: the products of those rows with all classes."""
+        return self.whole.cut(r, c, tuple(pairs), None if stored is None else stored[:, c.start : c.stop])
 
     def fold(self, r: Span, picked: Tensor | None, plan: Plan) -> list[State]:
         """The folds over all classes: at once, or, where w must be cast or laid out anew, a slab at a time."""
@@ -419,7 +427,7 @@ class _Source:
         xs = self.features(r)
         cast = any(w.dtype != dtype or w.stride(1) != 1 for (_, w), dtype in zip(self.stream.pairs, self.dtypes, strict=True))
         slabs = spans(self.c, plan.class_block) if cast else [Span(0, self.c)]
-        found = [self.problem(r, c, xs, None).fold(picked) for c in slabs]
+        found = [self.problem(r, c, list(zip(xs, self.weights(c), strict=True)), None).fold(picked) for c in slabs]
         if len(found) == 1:
             return found[0]
         made = compose.composition(self.stream.maps, [compose.part_of(f) for f in self.folds])
@@ -433,7 +441,7 @@ class _Source:
             for i, f in enumerate(self.folds)
         ]
 
-    def gradient(self, r: Span, c: Span, xs: Sequence[Tensor], up: _Up, stored: Tensor | None, boost: float) -> Tensor:
+    def gradient(self, r: Span, c: Span, pairs: Sequence[tuple[Tensor, Tensor]], up: _Up, stored: Tensor | None, boost: float) -> Tensor:
         """G of rows r and classes c, in the type of the products."""
         dtype = self.dtypes[0] if self.dtypes else torch.float32
         out = self._slab(r.size, c.size, dtype)
@@ -442,7 +450,7 @@ class _Source:
             parts if f.axis == "rows" else [None if t is None else t[c.start : c.stop] for t in parts]
             for f, parts in zip(self.folds, up.grads, strict=True)
         ]
-        self.problem(r, c, xs, stored).gradient(states, grads, up.h, up.keep, out, boost)
+        self.problem(r, c, pairs, stored).gradient(states, grads, up.h, up.keep, out, boost)
         return out
 
     def _slab(self, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
@@ -453,5 +461,5 @@ class _Source:
 
 
 def _rowwise(t: Tensor) -> Tensor:
-    """t with its features side by side, as the kernels read it."""
+    """t with the elements of a row side by side, as the kernels read it. Rows may lie anywhere, also all in one place."""
     return t if t.stride(-1) == 1 else t.contiguous()

@@ -8,13 +8,13 @@ under a soft cap the text of `bend` and `update` is
     def bend(z, tensors, numbers):
         return map_0_forward(z, numbers[0])
 
-    def update(state, s, sx, live, livex, rows, cols, N, C, tensors, numbers, MASKED, PICKS):
+    def update(state, s, sx, live, livex, row0, class0, rows, cols, N, C, tensors, numbers, MASKED, PICKS):
         fold_0 = fold_0_lift(sx)
         fold_0 = fold_0_merge(state[0], state[1], fold_0[0], fold_0[1])
         return (fold_0[0], fold_0[1],)
 
 s: the tile's logits, -inf where nothing counts. sx: the same with -inf at the picks too. live, livex: where they count, as masks.
-tensors, numbers: everything the forms read, maps first, in the order of `Composition.tensors` and `.numbers`.
+tensors, numbers: everything the forms read, maps first (`Problem._parameters`); behind an N x C tensor stands the stride of its rows.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ import torch
 import triton
 import triton.language as tl
 
+from bigclass.core.engines.fused import kernels
 from bigclass.core.folds import Fold, SumFold
 from bigclass.core.stream import Map
 
-_ARGUMENTS = "s, sx, live, livex, rows, cols, N, C, tensors, numbers, MASKED, PICKS"
+_ARGUMENTS = "s, sx, live, livex, row0, class0, rows, cols, N, C, tensors, numbers, MASKED, PICKS"
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def composition(maps: Sequence[Map], folds: Sequence[Part]) -> Composition:
 
 @lru_cache(maxsize=256)
 def _composition(maps: tuple[tuple[type[Map], int, int], ...], folds: tuple[Part, ...]) -> Composition:
-    names: dict[str, Any] = {"tl": tl, "__name__": f"{__name__}.composed"}
+    names: dict[str, Any] = {"tl": tl, "grid": kernels.grid, "__name__": f"{__name__}.composed"}
     for i, (cls, _, _) in enumerate(maps):
         for kind in ("forward", "backward"):
             _bind(names, f"map_{i}_{kind}", getattr(cls, f"{kind}_triton"))
@@ -132,8 +133,8 @@ class _Text:
         self.tensor_numbers: list[list[int]] = []
         self.fold_numbers: list[list[str]] = []
         for f in folds:
-            self.tensor_numbers.append(list(range(self.tensor, self.tensor + len(f.axes))))
-            self.tensor += len(f.axes)
+            self.tensor_numbers.append([self.tensor + i + f.axes[:i].count("grid") for i in range(len(f.axes))])
+            self.tensor += len(f.axes) + f.axes.count("grid")
             self.fold_numbers.append([f"numbers[{self.number + i}]" for i in range(f.numbers)])
             self.number += f.numbers
         self.states = self.tensor  # where the gradient's states and their gradients begin among the tensors
@@ -194,8 +195,8 @@ class _Text:
             name = f"t_{number}"
             names.append(name)
             if axis == "grid":
-                where = f"tensors[{number}] + rows.to(tl.int64)[:, None] * C + cols[None, :]"
-                lines.append(f"    {name} = tl.load({where}, mask=(rows < N)[:, None] & (cols < C)[None, :], other=0.0).to(tl.float32)")
+                where = f"tensors[{number}], row0, class0, tensors[{number + 1}], N, C, rows.shape[0], cols.shape[0]"
+                lines.append(f"    {name} = grid({where})")
                 if self.folds[i].columns:
                     lines.append(f"    {name} = tl.trans({name})")
                 continue

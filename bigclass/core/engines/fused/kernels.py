@@ -6,8 +6,9 @@
     gradient  one tile a program: acc again (or read, where the forward stored it), G = dL/dz, written in the operands' type
     read_picks, add_picks   N K dot products: the picked logits; G[i, pick_ik] = what the folds gave there + h_ik
 
-Flops: fold and gradient 2NCD each. Bytes: fold reads w once for each group of 16 bands and x once for each class split (from L2 while 16
-bands of x fit), writes 4 x states x N x splits; gradient reads the same and writes the operand size x N x C. Floor: the GEMM's time.
+Flops: fold and gradient 2NCD each. Bytes: fold reads w once for each group of bands (8 or 16: `Config.group`) and x once for each class
+split (from L2 while a group's x fits), writes 4 x states x N x splits; gradient reads the same and writes the operand size x N x C. Floor:
+the GEMM's time.
 Epilogue instructions a logit (sm_90, 8 warps, from the compiled binary; `python -m benchmarks.kernels` prints them): see launch.py.
 
 Ragged ends: rows past N repeat the last row (or read zeros) and are never stored, classes past C are -inf and only in a last, peeled tile,
@@ -37,6 +38,17 @@ def _block(source, row0, k0, stride, rows_total, D, BR: tl.constexpr, BK: tl.con
 
 
 @triton.jit
+def grid(source, row0, class0, stride, N, C, BM: tl.constexpr, BN: tl.constexpr):
+    """source[row0 : row0 + BM, class0 : class0 + BN] of an (N, C) tensor in fp32, 0 past the ends.
+
+    Offsets inside the tile are 32 bits wide (support.py sees to that): of 64 bits, and kept from tile to tile as the compiler likes it,
+    they took up to 2 registers a logit and spilled. The minimum is 0, but the compiler cannot know: so they are made anew in each tile."""
+    i, j = tl.arange(0, BM) + tl.minimum(class0, 0), tl.arange(0, BN)
+    at = (source + row0.to(tl.int64) * stride + class0) + (i[:, None] * stride + j[None, :])
+    return tl.load(at, mask=(i < N - row0)[:, None] & (j < C - class0)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _rounded(g, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
     """g in `dtype`, to nearest even. Triton's interpreter cuts bf16 off instead."""
     if INTERPRETED and dtype == tl.bfloat16:
@@ -60,7 +72,7 @@ def _product(acc, x, w, row0, class0, x_stride, w_stride, N, C, D, BM: tl.conste
 
 @triton.jit
 def _raw(x0, w0, x1, w1, stored, class_scale, given, bias, scale, scale_tensor, row0, class0, rows, cols, N, C, D0, D1,
-         x0_stride, w0_stride, x1_stride, w1_stride, stored_stride,
+         x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, given_stride,
          BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, EVEN_D: tl.constexpr, SCALED: tl.constexpr,
          PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
     """z (BM, BN): the logits before the maps. stored: the products, if they lie in memory already."""
@@ -75,7 +87,7 @@ def _raw(x0, w0, x1, w1, stored, class_scale, given, bias, scale, scale_tensor, 
     if class_scale is not None:
         acc *= tl.load(class_scale + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
     if given is not None:
-        acc += tl.load(given + rows.to(tl.int64)[:, None] * C + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+        acc += grid(given, row0, class0, given_stride, N, C, BM, BN)
     if bias is not None:
         acc += tl.load(bias + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
     if SCALED:
@@ -87,10 +99,16 @@ def _raw(x0, w0, x1, w1, stored, class_scale, given, bias, scale, scale_tensor, 
 
 @triton.jit
 def _first_pick(picks, rows, N, K, class0):
-    """How many of each row's picks (ascending, -1 first) lie before class0 of all classes."""
+    """How many of each row's picks (ascending, -1 first) lie before class0 of all classes: log2 K looks at them."""
+    step = tl.minimum(K, 1)
+    while step * 2 <= K:
+        step *= 2
     before = tl.zeros_like(rows)
-    for k in range(0, K):
-        before += (tl.load(picks + rows.to(tl.int64) * K + k, mask=rows < N, other=NO_CLASS) < class0).to(tl.int32)
+    while step > 0:
+        at = before + step - 1
+        pick = tl.load(picks + rows.to(tl.int64) * K + at, mask=(rows < N) & (at < K), other=NO_CLASS)
+        before += tl.where(pick < class0, step, 0)
+        step = step // 2
     return before
 
 
@@ -103,7 +121,8 @@ def _pick(picks, rows, N, K, at, class_base):
 @triton.jit
 def _fold_tile(state, at, x0, w0, x1, w1, stored, class_scale, given, bias, scale, scale_tensor, picks, picked, tensors, numbers,
 column_out,
-               block, row0, class0, rows, class_base, N, C, K, D0, D1, x0_stride, w0_stride, x1_stride, w1_stride, stored_stride,
+               block, row0, class0, rows, class_base, N, C, K, D0, D1,
+               x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, given_stride,
                BEND: tl.constexpr, UPDATE: tl.constexpr, COLUMNS: tl.constexpr, HAS_COLUMNS: tl.constexpr, ONE_PICK: tl.constexpr,
                READ: tl.constexpr, EXCLUDE: tl.constexpr, MASKED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                TMA: tl.constexpr, EVEN_D: tl.constexpr,
@@ -111,7 +130,7 @@ column_out,
     """Fold one tile into the band's state. `at`: with one pick a row its class, else the number of picks passed."""
     cols = class0 + tl.arange(0, BN)
     z = _raw(x0, w0, x1, w1, stored, class_scale, given, bias, scale, scale_tensor, row0, class0, rows, cols, N, C, D0, D1,
-             x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, BM, BN, BK, TMA, EVEN_D, SCALED, PRECISION,
+             x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, given_stride, BM, BN, BK, TMA, EVEN_D, SCALED, PRECISION,
              INTERPRETED)  # fmt: skip
     s = BEND(z, tensors, numbers)
     live = (cols < C)[None, :]
@@ -142,15 +161,16 @@ column_out,
         if EXCLUDE:
             sx = tl.where(hit, float("-inf"), s)
             livex = live & (hit == 0)
-    state = UPDATE(state, s, sx, live, livex, rows, cols, N, C, tensors, numbers, MASKED or HAS_COLUMNS, EXCLUDE)
+    state = UPDATE(state, s, sx, live, livex, row0, class0, rows, cols, N, C, tensors, numbers, MASKED or HAS_COLUMNS, EXCLUDE)
     if HAS_COLUMNS:
-        COLUMNS(s, sx, live, livex, rows, cols, N, C, tensors, numbers, True, EXCLUDE, column_out, block.to(tl.int64) * C)
+        COLUMNS(s, sx, live, livex, row0, class0, rows, cols, N, C, tensors, numbers, True, EXCLUDE, column_out, block.to(tl.int64) * C)
     return state, at
 
 
 @triton.jit(do_not_specialize=["class_base", "N", "C", "K", "split_tiles", "splits"])
 def fold(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, picks, picked, tensors, row_out, column_out,
-         scale, numbers, class_base, N, C, K, D0, D1, x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, split_tiles, splits,
+         scale, numbers, class_base, N, C, K, D0, D1,
+         x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, given_stride, split_tiles, splits,
          BEND: tl.constexpr, START: tl.constexpr, UPDATE: tl.constexpr, STORE: tl.constexpr, COLUMNS: tl.constexpr,
          HAS_COLUMNS: tl.constexpr, ONE_PICK: tl.constexpr, READ: tl.constexpr, EXCLUDE: tl.constexpr,
          BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
@@ -178,13 +198,13 @@ def fold(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, picks, 
     for t in range(first, whole):
         state, at = _fold_tile(
             state, at, x0, w0, x1, w1, stored, class_scale, given, bias, scale, scale_tensor, picks, picked, tensors, numbers, column_out,
-            block, row0, t * BN, rows, class_base, N, C, K, D0, D1, x0_stride, w0_stride, x1_stride, w1_stride, stored_stride,
+            block, row0, t * BN, rows, class_base, N, C, K, D0, D1, x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, given_stride,
             BEND, UPDATE, COLUMNS, HAS_COLUMNS, ONE_PICK, READ, EXCLUDE, False, BM, BN, BK, TMA, EVEN_D, SCALED, PRECISION,
             INTERPRETED)  # fmt: skip
     for t in range(whole, last):  # at most one tile, the ragged last
         state, at = _fold_tile(
             state, at, x0, w0, x1, w1, stored, class_scale, given, bias, scale, scale_tensor, picks, picked, tensors, numbers, column_out,
-            block, row0, t * BN, rows, class_base, N, C, K, D0, D1, x0_stride, w0_stride, x1_stride, w1_stride, stored_stride,
+            block, row0, t * BN, rows, class_base, N, C, K, D0, D1, x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, given_stride,
             BEND, UPDATE, COLUMNS, HAS_COLUMNS, ONE_PICK, READ, EXCLUDE, True, BM, BN, BK, TMA, EVEN_D, SCALED, PRECISION,
             INTERPRETED)  # fmt: skip
     STORE(state, row_out, split.to(tl.int64) * N, rows, N)
@@ -202,7 +222,8 @@ def merge(parts, out, n, count, LOAD: tl.constexpr, MERGE: tl.constexpr, STORE: 
 
 @triton.jit(do_not_specialize=["class_base", "N", "C", "K"])
 def gradient(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, picks, base, keep, tensors, out,
-             scale, boost, numbers, class_base, N, C, K, D0, D1, x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, out_stride,
+             scale, boost, numbers, class_base, N, C, K, D0, D1,
+             x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, given_stride, out_stride,
              BEND: tl.constexpr, GRADIENT: tl.constexpr, ONE_PICK: tl.constexpr, EXCLUDE: tl.constexpr,
              BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr, TMA_OUT: tl.constexpr,
              EVEN_D: tl.constexpr, SCALED: tl.constexpr,
@@ -219,17 +240,19 @@ def gradient(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, pic
     rows, cols = row0 + tl.arange(0, BM), class0 + tl.arange(0, BN)
 
     z = _raw(x0, w0, x1, w1, stored, class_scale, given, bias, scale, scale_tensor, row0, class0, rows, cols, N, C, D0, D1,
-             x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, BM, BN, BK, TMA, EVEN_D, SCALED, PRECISION,
+             x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, given_stride, BM, BN, BK, TMA, EVEN_D, SCALED, PRECISION,
              INTERPRETED)  # fmt: skip
     s = BEND(z, tensors, numbers)
     live = (cols < C)[None, :]
     sx, livex = s, live
+    if picks is not None and not ONE_PICK:
+        first_pick = _first_pick(picks, rows, N, K, class_base + class0)
     if EXCLUDE:
         if ONE_PICK:
             hit = cols[None, :] == (tl.load(picks + rows, mask=rows < N, other=-1) - class_base)[:, None]
         else:
             hit = cols[None, :] < tl.zeros_like(rows)[:, None]
-            at = _first_pick(picks, rows, N, K, class_base + class0)
+            at = first_pick
             next_pick = _pick(picks, rows, N, K, at, class_base)
             inside = next_pick < class0 + BN
             while tl.max(inside.to(tl.int32), axis=0) > 0:
@@ -239,7 +262,7 @@ def gradient(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, pic
                 inside = next_pick < class0 + BN
         sx = tl.where(hit, float("-inf"), s)
         livex = live & (hit == 0)
-    g = GRADIENT(z, s, sx, live, livex, rows, cols, N, C, tensors, numbers, False, EXCLUDE)
+    g = GRADIENT(z, s, sx, live, livex, row0, class0, rows, cols, N, C, tensors, numbers, False, EXCLUDE)
     if keep is not None:
         g = tl.where(tl.load(keep + rows, mask=rows < N, other=0)[:, None] != 0, g, 0.0)
     if BOOSTED:
@@ -250,7 +273,7 @@ def gradient(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, pic
             there = (pick >= class0) & (pick < class0 + BN) & (rows < N)
             tl.store(base + rows, tl.sum(tl.where(cols[None, :] == pick[:, None], g, 0.0), axis=1), mask=there)
         else:
-            place_of = _first_pick(picks, rows, N, K, class_base + class0)
+            place_of = first_pick
             coming = _pick(picks, rows, N, K, place_of, class_base)
             there = coming < class0 + BN
             while tl.max(there.to(tl.int32), axis=0) > 0:
@@ -268,7 +291,7 @@ def gradient(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, pic
 
 @triton.jit
 def _raw_picks(x0, w0, x1, w1, stored, class_scale, given, bias, scale, scale_tensor, rows, pick, inside, C, D0, D1,
-               x0_stride, w0_stride, x1_stride, w1_stride, stored_stride,
+               x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, given_stride,
                BLOCK: tl.constexpr, BK: tl.constexpr, SCALED: tl.constexpr):  # fmt: skip
     """z (BLOCK,) of rows at their picks: N K dot products."""
     if stored is not None:
@@ -280,7 +303,7 @@ def _raw_picks(x0, w0, x1, w1, stored, class_scale, given, bias, scale, scale_te
     if class_scale is not None:
         acc *= tl.load(class_scale + pick, mask=inside, other=0.0).to(tl.float32)
     if given is not None:
-        acc += tl.load(given + rows * C + pick, mask=inside, other=0.0).to(tl.float32)
+        acc += tl.load(given + rows * given_stride + pick, mask=inside, other=0.0).to(tl.float32)
     if bias is not None:
         acc += tl.load(bias + pick, mask=inside, other=0.0).to(tl.float32)
     if SCALED:
@@ -304,7 +327,7 @@ def _row_dot(x, w, rows, pick, inside, D, x_stride, w_stride, BLOCK: tl.constexp
 
 @triton.jit(do_not_specialize=["class_base", "N", "C", "K"])
 def read_picks(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, picks, picked, tensors,
-               scale, numbers, class_base, N, C, K, D0, D1, x0_stride, w0_stride, x1_stride, w1_stride, stored_stride,
+               scale, numbers, class_base, N, C, K, D0, D1, x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, given_stride,
                BEND: tl.constexpr, BLOCK: tl.constexpr, BK: tl.constexpr, SCALED: tl.constexpr):  # fmt: skip
     """picked (N, K): the logits at those picks that are among the classes [class_base, class_base + C)."""
     rows = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
@@ -312,13 +335,14 @@ def read_picks(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, p
         pick = tl.load(picks + rows * K + k, mask=rows < N, other=-1) - class_base
         inside = (pick >= 0) & (pick < C) & (rows < N)
         z = _raw_picks(x0, w0, x1, w1, stored, class_scale, given, bias, scale, scale_tensor, rows, pick, inside, C, D0, D1,
-                       x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, BLOCK, BK, SCALED)  # fmt: skip
+                       x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, given_stride, BLOCK, BK, SCALED)  # fmt: skip
         tl.store(picked + rows * K + k, BEND(z, tensors, numbers), mask=inside)
 
 
 @triton.jit(do_not_specialize=["class_base", "N", "C", "K"])
 def add_picks(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, picks, h, base, tensors, out,
-              scale, boost, numbers, class_base, N, C, K, D0, D1, x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, out_stride,
+              scale, boost, numbers, class_base, N, C, K, D0, D1,
+              x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, given_stride, out_stride,
               MAP_BACK: tl.constexpr, HAS_MAPS: tl.constexpr, BLOCK: tl.constexpr, BK: tl.constexpr, SCALED: tl.constexpr,
               INTERPRETED: tl.constexpr):  # fmt: skip
     """out[i, pick_ik] = base_ik + boost (sum of h over equal picks of the row, through the maps), rounded once.
@@ -335,7 +359,7 @@ def add_picks(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, pi
         g *= boost
         if HAS_MAPS:
             z = _raw_picks(x0, w0, x1, w1, stored, class_scale, given, bias, scale, scale_tensor, rows, pick, inside, C, D0, D1,
-                           x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, BLOCK, BK, SCALED)  # fmt: skip
+                           x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, given_stride, BLOCK, BK, SCALED)  # fmt: skip
             g = MAP_BACK(g, z, tensors, numbers)
         if base is not None:
             g += tl.load(base + rows * K + k, mask=inside, other=0.0)
