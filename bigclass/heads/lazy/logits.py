@@ -425,8 +425,8 @@ class LazyLogits(Lazy):
         if not self._last(dim):
             real = self.written_out("max")
             if isinstance(dim, Tensor | Lazy):
-                return torch.max(real, dim)
-            return real.max() if dim is None else real.max(dim, keepdim)
+                return dense_call(torch.max, (real, dim), {})
+            return real.max() if dim is None else dense_call(torch.max, (real, dim, keepdim), {})
         values, indices = self.topk(1)
         return torch.return_types.max((values, indices) if keepdim else (values.squeeze(-1), indices.squeeze(-1)))
 

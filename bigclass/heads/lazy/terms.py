@@ -243,15 +243,18 @@ LazyLogProbs._functions = _table(LazyLogProbs, "gather", "nll_loss", "kl_div")
 LazyBinaryCrossEntropy._functions = {k: v for k, v in _table(LazyBinaryCrossEntropy).items() if k is not Tensor.__getitem__}
 
 
+# A model may end in F.log_softmax; DistributedDataParallel has to find its tensors, too.
 def _flatten(terms: Any) -> tuple[list, float]:
     return [terms.lazy, *[getattr(terms, name) for name in ("target", "weight", "pos_weight") if hasattr(terms, name)]], terms.factor
 
 
-# A model may end in F.log_softmax; DistributedDataParallel has to find its tensors, too.
-pytree.register_pytree_node(
-    LazyLogProbs, _flatten, lambda parts, factor: LazyLogProbs(parts[0], factor, parts[1]), serialized_type_name="bigclass.LazyLogProbs"
-)
-pytree.register_pytree_node(
-    LazyBinaryCrossEntropy, _flatten, lambda parts, factor: LazyBinaryCrossEntropy(*parts, factor),
-    serialized_type_name="bigclass.LazyBinaryCrossEntropy",
-)  # fmt: skip
+def _unflatten(cls: Any) -> Any:
+    def made(parts: Any, factor: float) -> Any:
+        lazy, *rest = parts
+        return cls(lazy, factor, *rest) if cls is LazyLogProbs else cls(lazy, *rest, factor)
+
+    return made
+
+
+for _cls in (LazyLogProbs, LazyBinaryCrossEntropy):
+    pytree.register_pytree_node(_cls, _flatten, _unflatten(_cls), serialized_type_name=f"bigclass.{_cls.__name__}")
