@@ -7,7 +7,7 @@ returns the loss, as a *forward*, so that the hooks of FSDP2 and ZeRO-3 run.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from bigclass.losses.log_prob import linear_topk
 from bigclass.losses.targets import SparseTarget
 
 
-def is_plain_linear(module: nn.Module) -> bool:
+def is_plain_linear(module: nn.Module | None) -> TypeGuard[nn.Linear]:
     """Is this an `nn.Linear`, or timm's, that computes nothing else?"""
     return type(module) is nn.Linear or (type(module).__module__, type(module).__name__) == ("timm.layers.linear", "Linear")
 

@@ -73,10 +73,10 @@ def _classifier(model: Any, path: str) -> nn.Linear:
         raise ArgumentError(f"model: {name} has no classifier (num_classes=0); reset_classifier(num_classes) makes one")
     if isinstance(found, nn.Conv2d):
         raise ArgumentError(f"model: the classifier of {name}, {path!r}, is a convolution over positions, not a linear layer of features")
-    if not is_plain_linear(found) and not isinstance(found, CCEHead):
-        kind = f"{type(found).__module__}.{type(found).__qualname__}"
-        raise ArgumentError(f"model: expected an nn.Linear for the classifier of {name}, {path!r}, got {kind}")
-    return found
+    if is_plain_linear(found) or isinstance(found, CCEHead):
+        return found
+    kind = f"{type(found).__module__}.{type(found).__qualname__}"
+    raise ArgumentError(f"model: expected an nn.Linear for the classifier of {name}, {path!r}, got {kind}")
 
 
 def _at(model: nn.Module, path: str) -> nn.Module | None:
@@ -91,7 +91,7 @@ def _reset_classifier(model: Any, path: str, options: dict[str, Any], *args: Any
     """The class's own `reset_classifier`, and the new classifier converted (where it is a linear layer: num_classes=0 leaves none)."""
     made = type(model).reset_classifier(model, *args, **kwargs)
     found = _at(model, path)
-    if found is not None and is_plain_linear(found):
+    if is_plain_linear(found):
         CCEHead.adopt(found, **options)
     return made
 

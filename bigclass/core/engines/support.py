@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -20,10 +19,8 @@ WIDEST = 1 << 24  # elements from row to row of an N x C tensor that a kernel re
 OLDEST = (8, 0)  # compute capability: Ampere, the first with asynchronous copies and bf16
 
 
-@lru_cache(maxsize=1)
-def triton_is_there() -> bool:
-    """Is Triton importable? Asked by module name: its distributions have several."""
-    return importlib.util.find_spec("triton") is not None
+# Is Triton importable? Asked by module name, for its distributions have several; and once, here, where no graph is being traced.
+TRITON_IS_THERE = importlib.util.find_spec("triton") is not None
 
 
 def interpreting() -> bool:
@@ -35,7 +32,7 @@ def device_reason(device: torch.device) -> str | None:
     """Why this device runs no fused kernels, or None if it does. A CUDA device that is not here is taken for a new one."""
     if device.type != "cuda" and not (device.type == "cpu" and interpreting()):
         return f"Triton has no kernels for device {device.type!r}"
-    if not triton_is_there():
+    if not TRITON_IS_THERE:
         return "Triton is not installed"
     if device.type == "cuda" and torch.version.hip is not None:
         return "its tiles are made for NVIDIA GPUs"

@@ -223,7 +223,7 @@ def test_what_has_no_triton_form_says_so():
 
 
 def test_without_triton_the_error_names_it(monkeypatch):
-    monkeypatch.setattr("bigclass.core.engines.support.triton_is_there", lambda: False)
+    monkeypatch.setattr("bigclass.core.engines.support.TRITON_IS_THERE", False)
     with pytest.raises(ValueError, match="'fused' cannot run this, for Triton is not installed"):
         bigclass.linear_cross_entropy(torch.randn(40, 3), torch.randn(50, 3), torch.zeros(40, dtype=torch.long), engine="fused")
 
