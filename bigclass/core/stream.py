@@ -203,6 +203,12 @@ class Stream:
         return self.given.shape[0], self.given.shape[1]
 
     @property
+    def is_linear(self) -> bool:
+        """Are the logits x w^T + b, nothing else, in the operands' own dtype?"""
+        bare = self.class_scale is None and self.given is None and self.scale_tensor is None and self.scale == 1.0
+        return bare and len(self.pairs) == 1 and not self.maps and self.compute_dtype is None
+
+    @property
     def features(self) -> int:
         """D, summed over the pairs."""
         return sum(x.shape[1] for x, _ in self.pairs)

@@ -88,10 +88,8 @@ def linear_cross_entropy(
         )
     arguments = Arguments(weight, reduction, ignore_index, label_smoothing, z_loss, 0.0, shift, engine, return_stats)
     target, probabilities = arguments.check(target, lead, classes, positions, input.device)
-    plain = not (positions or probabilities or shift or return_stats or label_smoothing or z_loss)
-    plain = plain and weight is None and softcap is None and logit_scale is None and engine == "auto"
-    if plain and isinstance(target, Tensor) and _is_small(input, linear_weight, target, ignore_index):
-        loss = _small(input, linear_weight, linear_bias, target, reduction)
+    if isinstance(target, Tensor) and not (positions or probabilities) and softcap is None and logit_scale is None:
+        loss = arguments.run_small(input, linear_weight, linear_bias, target)
         if loss is not None:
             return loss
     if positions:
@@ -143,7 +141,11 @@ def linear_poly_cross_entropy(
 def cross_entropy(stream: Stream, lead: Sequence[int], target: Tensor | SparseTarget, **arguments: Any) -> Any:
     """`linear_cross_entropy` of a stream whose N rows are `lead`, with the arguments of `Arguments`."""
     checked = Arguments(**arguments)
-    target, _ = checked.check(target, lead, stream.shape[1], (), stream.device)
+    target, probabilities = checked.check(target, lead, stream.shape[1], (), stream.device)
+    if isinstance(target, Tensor) and not probabilities and stream.is_linear:
+        loss = checked.run_small(*stream.pairs[0], stream.bias, target)
+        if loss is not None:
+            return loss
     return checked.run(stream, lead, target)
 
 
@@ -216,6 +218,14 @@ class Arguments:
             raise ArgumentError(f"weight: expected device {device} (that of input), got {weight.device}")
         if weight.requires_grad:
             raise ArgumentError("weight: class weights are constants and get no gradient; pass weight.detach()")
+
+    def run_small(self, x: Tensor, w: Tensor, b: Tensor | None, target: Tensor) -> Tensor | None:
+        """The loss of a problem so small that Python's own time rules; None: it is not, or is no plain cross-entropy."""
+        if self.shift or self.return_stats or self.label_smoothing or self.z_loss or self.poly or self.weight is not None:
+            return None
+        if self.engine != "auto" or (b is not None and b.dtype != w.dtype) or not _is_small(x, w, target, self.ignore_index):
+            return None
+        return _small(x, w, b, target, self.reduction)
 
     def run(self, stream: Stream, lead: Sequence[int], target: Tensor | SparseTarget) -> Any:
         """The loss (and stats) of a checked target."""
