@@ -1,0 +1,65 @@
+"""Every example runs as a user would run it, and shows what it promises."""
+
+import os
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+
+
+def run(name: str, *options: str, folder: Path) -> str:
+    """What the example prints; it must end well."""
+    # From another folder, with the repository as the only path: nothing may depend on where it is started.
+    command = [sys.executable, str(ROOT / "examples" / name), *options]
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def environment() -> dict[str, str]:
+
+    return {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120", "PYTHONIOENCODING": "utf-8"}
+
+
+def test_every_example_has_its_test():
+    assert EXAMPLES == ["frozen_features.py", "timm_numbers.py"]
+
+
+def test_frozen_features_learns(tmp_path):
+    printed = run("frozen_features.py", "--classes", "2000", "--batch", "512", "--steps", "30", folder=tmp_path)
+    losses = [float(loss) for loss in re.findall(r"loss +([\d.]+)", printed)]
+    assert len(losses) == 3
+    assert losses[-1] < losses[0]
+    assert re.search(r"label among the five largest: [\d.]+%", printed)
+
+
+def test_timm_numbers_trains_alike_and_plots(tmp_path):
+    for package in ("timm", "sklearn", "rich", "matplotlib"):
+        pytest.importorskip(package)
+    # 3 digits, but more logits than the size up to which problems run dense by themselves.
+    options = ("--digits", "3", "--batch", "768", "--steps", "3", "--out", "new folder/plot.png")
+    printed = run("timm_numbers.py", *options, folder=tmp_path)
+    dense, streamed = (float(loss) for loss in re.search(r"final training loss\W+([\d.]+)\W+([\d.]+)", printed).groups())
+    assert streamed == pytest.approx(dense, rel=1e-3)
+    assert float(re.search(r"largest difference of the losses\W+([\d.e+-]+)", printed).group(1)) < 1e-3 * dense
+    header = (tmp_path / "new folder" / "plot.png").read_bytes()[:24]
+    assert header.startswith(b"\x89PNG\r\n\x1a\n")
+    width, height = struct.unpack(">II", header[16:])
+    assert width >= 1200 and height >= 400
+
+
+def test_a_missing_package_is_named_with_its_command(tmp_path):
+    """sitecustomize, which Python imports at its start, hides timm from the example."""
+    hiding = "import importlib.util as u\nfind = u.find_spec\nu.find_spec = lambda n, *rest: None if n == 'timm' else find(n, *rest)\n"
+    (tmp_path / "sitecustomize.py").write_text(hiding)
+    path = os.pathsep.join((str(tmp_path), str(ROOT)))
+    command = [sys.executable, str(ROOT / "examples" / "timm_numbers.py")]
+    done = subprocess.run(command, env=environment() | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "This example needs timm, not installed here: run pip install 'bigclass[examples]'"
