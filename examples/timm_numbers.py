@@ -17,7 +17,8 @@ step times compare nothing), it printed
     peak memory of the loss layer          57 MiB         39 MiB
     largest difference of the losses                     2.7e-02
 
-The losses are the same at first; then training itself, as any, multiplies differences in rounding.
+The losses are the same to 1e-6 for four steps; then training multiplies differences in rounding. A second dense run, whose head's
+weights differ by 1e-7 of themselves, drifts off as fast: 5e-3 within 20 steps, as the streamed one.
 """
 
 from __future__ import annotations
