@@ -19,13 +19,11 @@ SHARED = {"sm_80": 163 * KIB, "sm_90": 227 * KIB, "sm_100": 227 * KIB}  # CUDA C
 UNITS = {"sm_80": "mma_sync", "sm_90": "wgmma", "sm_100": "tcgen05"}
 LOADS = {"sm_80": "cp_async", "sm_90": "tma", "sm_100": "tma"}
 
-# Registers are the recipes' affair: for bf16 all that are no part of another on the same tile, the ends of the range for fp32; fp16 differs
-# in one instruction of the product.
-PARTS = ("log-sum-exp", "smoothing", "entropy", "class scale")
+# Registers are the recipes' affair: all recipes for bf16, the ends of the range for fp32; fp16 differs in one instruction of the product.
 RECIPES: dict[str, tuple[str, ...]] = {
-    "bf16": tuple(name for name in kernels.RECIPES if name not in PARTS),
-    "fp16": ("ce",),
-    "fp32": ("bias smoothing", "entropy", "given", "stored"),
+    "bf16": tuple(kernels.RECIPES),
+    "fp16": ("ce", "entropy"),
+    "fp32": ("ce", "bias smoothing", "entropy bias cap", "given", "probabilities weights bias cap", "stored"),
 }
 WIDTHS = (64, 768, 2304, 4096, 4608)  # of models; a run-time argument, so they share their binaries
 UNALIGNED = (70,)
@@ -74,4 +72,4 @@ def test_nothing_spills_and_tiles_use_the_units_of_their_architecture(arch, dtyp
 @every_arch
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_nothing_spills_where_descriptors_cannot_address_the_rows(arch, dtype):
-    check_size(arch, built(arch, dtype, UNALIGNED, ("entropy", "two pairs", "given")))
+    check_size(arch, built(arch, dtype, UNALIGNED, ("entropy", "two pairs", "given", "probabilities weights bias cap")))

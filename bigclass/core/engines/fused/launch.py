@@ -52,8 +52,8 @@ class Config:
 
 # (architecture, bytes of an operand's element) -> (light, heavy, heaviest), see `weight`.
 # sm_90: 256x128 rather than 128x256, for a thread then meets half as many classes, whose bias spilled.
-# Not served: an N x C tensor added to the logits beside a fold of three numbers, which no public function asks for. Where C is no multiple
-# of 16 that spills up to 1.4 KB.
+# Not served, and asked for by no public function: an N x C tensor added to the logits beside a fold of three numbers spills up to 1.4 KB;
+# added beside several picks or columns, or stored logits under a cap beside entropy, up to 24 bytes on one architecture or the other.
 TABLE: dict[tuple[str, int], tuple[Config, Config, Config]] = {
     ("sm_80", 2): (Config(128, 128, 32, 8, 3, False), Config(64, 128, 32, 4, 3, False), Config(64, 64, 32, 8, 3, False)),
     ("sm_80", 4): (Config(64, 64, 32, 8, 3, False), Config(64, 32, 32, 8, 3, False), Config(64, 32, 32, 8, 3, False)),
