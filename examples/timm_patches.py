@@ -5,11 +5,12 @@
 
 Which place of which photograph does a patch come from? The photographs are the two that scikit-learn ships; every eighth pixel each
 way is a place, and so a class (parametric instance discrimination, as Dosovitskiy et al., arXiv:1406.6909). A patch is never seen twice:
-it is shaken by up to three pixels, its contrast and colours change, grain is added. `train` is an
-ordinary loop that knows nothing of bigclass. It gets a model, and the one line that differs is `bigclass.convert_head(model)`.
+it is shaken by up to three pixels, its contrast and colours change, grain is added. `train` is an ordinary loop that knows nothing of
+bigclass. It gets a model, and the one line that differs is `bigclass.convert_head(model)`.
 
 The two losses agree to rounding at first (1e-6). Training then amplifies what rounding left, as it does between two dense runs whose
-weights differ by 1e-7, so the curves part by a few hundredths of a nat in the end.
+weights differ by 1e-7, so the curves part by some thousandths of a nat in the end. On two cores of a Zen 4 EPYC 300 steps of each took 50 s
+together; a loss layer of 2,048 rows and 100,000 classes needs 2,322 MiB dense and 90 MiB streamed there.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ def prepare_loss_layer(streamed: bool, rows: int, classes: int, features: int) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stride", type=int, default=8, help="pixels between places: 8 are 7,252 classes, 4 are 29,596")
+    parser.add_argument("--stride", type=int, default=8, help="pixels between places: 8 are 7,448 classes, 4 are 30,096")
     parser.add_argument("--steps", type=int, default=250, help="optimizer steps of each run")
     parser.add_argument("--batch", type=int, default=256, help="images in a step")
     parser.add_argument(
@@ -204,7 +205,7 @@ def plot(title: str, path: Path, classes: int, dense: Run, streamed: Run) -> Non
     sizes = [(run.memory or 0) / MIB for run in (dense, streamed)]
     bars = memory.bar(["dense", "streamed"], sizes, color=[DENSE_COLOUR, STREAMED_COLOUR], width=0.6)
     memory.bar_label(bars, [mebibytes(run.memory) for run in (dense, streamed)], padding=3)
-    memory.set(title=f"Loss layer of {LARGE[0]:,} x {LARGE[1]:,}: peak memory", ylabel="MiB")
+    memory.set(title=f"Peak memory, {LARGE[0]:,} x {LARGE[1]:,}", ylabel="MiB")
     memory.margins(y=0.1)
     for axes in (curves, memory):
         axes.spines[["top", "right"]].set_visible(False)
