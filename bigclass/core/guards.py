@@ -37,12 +37,18 @@ def refuse_create_graph() -> None:
         raise RuntimeError("bigclass: double backward (create_graph=True) is not supported by the streaming engines" + _ONLY_DENSE)
 
 
+def in_transform() -> bool:
+    """Are we inside a torch.func transform?"""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def refuse_transforms(tensors: Sequence[Tensor]) -> None:
     """Raise under torch.func transforms and forward-mode AD, which would lose the op's gradient."""
     if torch.compiler.is_compiling():
         return
-    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-    if functorch.peek_interpreter_stack() is not None:
+    if in_transform():
         raise RuntimeError(
             "bigclass: torch.func transforms (grad, vmap, jvp, ...) are not supported by the streaming engines" + _ONLY_DENSE
         )

@@ -1,7 +1,7 @@
 """Heads that are an `nn.Linear` with a streamed loss.
 
 A head keeps everything of `nn.Linear`: parameter names and order, initialisation, state_dict keys, copying, hooks. In training it returns
-lazy logits (lazy.py), on which an unchanged criterion runs streamed; in evaluation and under no_grad real ones. Called with targets it
+lazy logits (lazy/), on which an unchanged criterion runs streamed; in evaluation and under no_grad real ones. Called with targets it
 returns the loss, as a *forward*, so that the hooks of FSDP2 and ZeRO-3 run.
 """
 
@@ -11,8 +11,10 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from bigclass.core.errors import ArgumentError, ArgumentTypeError
+from bigclass.core.guards import in_transform
 from bigclass.core.plan import ENGINES
 from bigclass.core.stream import Map, Scale, Softcap
 from bigclass.heads.lazy import LazyLogits, lazy_logits
@@ -20,6 +22,14 @@ from bigclass.losses.cross_entropy import linear_cross_entropy
 from bigclass.losses.inputs import check_tensor
 from bigclass.losses.log_prob import linear_topk
 from bigclass.losses.targets import SparseTarget
+
+
+def _check_bare(head: nn.Module) -> None:
+    """Raise for parametrized weights (weight_norm and the like), which belong to the class that would be changed."""
+    if parametrize.is_parametrized(head):
+        raise ArgumentTypeError(
+            "linear: its weight is parametrized, which ties it to its class; torch.nn.utils.parametrize.remove_parametrizations first"
+        )
 
 
 def is_plain_linear(module: nn.Module | None) -> TypeGuard[nn.Linear]:
@@ -57,6 +67,7 @@ class _LinearHead(nn.Linear):
         """
         if not is_plain_linear(linear) and not isinstance(linear, _LinearHead):
             raise ArgumentTypeError(f"linear: expected an nn.Linear, got {type(linear).__module__}.{type(linear).__qualname__}")
+        _check_bare(linear)
         made = cls.__new__(cls)
         nn.Module.__init__(made)
         made._set(options)  # raises before anything of `linear` is changed
@@ -68,6 +79,7 @@ class _LinearHead(nn.Linear):
 
     def release(self) -> nn.Linear:
         """Undo `adopt`: make this module a plain `nn.Linear` again, in place, and return it."""
+        _check_bare(self)
         for name in (*self._OPTIONS, *self._OWN):
             self.__dict__.pop(name, None)
         self.__class__ = nn.Linear  # type: ignore[assignment]
@@ -91,7 +103,7 @@ class _LinearHead(nn.Linear):
 
     def _output(self, features: Tensor) -> Tensor | LazyLogits:
         """What a forward without targets returns."""
-        if not (self.training and self.lazy and torch.is_grad_enabled()):
+        if not (self.training and self.lazy and torch.is_grad_enabled()) or in_transform():
             return self.logits(features)
         maps: list[Map] = [] if self.logit_scale is None else [Scale.by(self.logit_scale)]
         maps += [] if self.softcap is None else [Softcap.at(self.softcap)]

@@ -20,24 +20,34 @@ def convert_head(model: Model, **options: Any) -> Model:
     Args:
         model: a timm model whose classifier is one linear layer (found by its configuration). For a model of your own use
             `bigclass.CCEHead.adopt(model.classifier)`.
-        options: of `bigclass.CCEHead` (softcap, engine, ...).
+        options: softcap, logit_scale, engine, lazy, as of `bigclass.CCEHead`.
 
     Returns:
         The same model. `reset_classifier` keeps its new classifier converted; `bigclass.restore_head(model)` undoes all.
 
     Raises:
-        TypeError: for a model of an unknown library. ValueError: for a classifier that cannot be swapped, with the reason.
+        TypeError: for a model of an unknown library or an unknown option.
+        ValueError: for a classifier that cannot be swapped, with the reason.
 
     Example:
         >>> model = bigclass.convert_head(timm.create_model("vit_tiny_patch16_224", num_classes=100_000))
         >>> loss = torch.nn.CrossEntropyLoss()(model(images), labels)  # no N x 100,000 logits
     """
-    return _adapter(model).convert_head(model, **options)
+    bare = _bare(model)
+    _adapter(bare).convert_head(bare, **options)
+    return model
 
 
 def restore_head(model: Model) -> Model:
     """Undo `convert_head`, in place, and return the model."""
-    return _adapter(model).restore_head(model)
+    bare = _bare(model)
+    _adapter(bare).restore_head(bare)
+    return model
+
+
+def _bare(model: Any) -> Any:
+    """The model inside torch.compile's wrapper."""
+    return getattr(model, "_orig_mod", model)
 
 
 def _adapter(model: nn.Module) -> Any:

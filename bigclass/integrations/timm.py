@@ -2,13 +2,13 @@
 
 A model's classifier is where its configuration says (`pretrained_cfg["classifier"]`), not what `get_classifier()` returns, which for some
 is a whole head. The module found there changes its class, nothing else. `reset_classifier` makes a new plain layer; so that it comes out
-converted, the model gets a `reset_classifier` of its own, a `functools.partial` of a module-level function, which copies and pickles
-with the model (a closure would go on resetting the original).
+converted, the model gets a `reset_classifier` of its own, which copies and pickles with the model (a closure would go on resetting the
+original) and does not keep it alive (a cycle would hold its memory until the garbage collector comes by).
 """
 
 from __future__ import annotations
 
-import functools
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,13 +23,21 @@ require("timm")
 
 from timm.data.mixup import FastCollateMixup, Mixup  # noqa: E402
 
+OPTIONS = ("softcap", "logit_scale", "engine", "lazy")
+
 
 def convert_head(model: Any, **options: Any) -> Any:
     """`bigclass.convert_head` for a timm model."""
+    unknown = [name for name in options if name not in OPTIONS]
+    if unknown:
+        raise TypeError(
+            f"convert_head: unexpected option {unknown[0]!r}; known: {', '.join(OPTIONS)}. What a loss takes (label smoothing, z-loss, an "
+            "ignored index) belongs to the criterion, which timm's models leave to you"
+        )
     path = classifier_path(model)
     CCEHead.adopt(_classifier(model, path), **options)
     if hasattr(type(model), "reset_classifier"):
-        model.reset_classifier = functools.partial(_reset_classifier, model, path, options)
+        model.reset_classifier = ResetClassifier(model, path, options)
     return model
 
 
@@ -87,13 +95,23 @@ def _at(model: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
-def _reset_classifier(model: Any, path: str, options: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+class ResetClassifier:
     """The class's own `reset_classifier`, and the new classifier converted (where it is a linear layer: num_classes=0 leaves none)."""
-    made = type(model).reset_classifier(model, *args, **kwargs)
-    found = _at(model, path)
-    if is_plain_linear(found):
-        CCEHead.adopt(found, **options)
-    return made
+
+    def __init__(self, model: Any, path: str, options: dict[str, Any]) -> None:
+        self._model, self.path, self.options = weakref.ref(model), path, options
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model = self._model()
+        assert model is not None, "it is an attribute of the model"
+        made = type(model).reset_classifier(model, *args, **kwargs)
+        found = _at(model, self.path)
+        if is_plain_linear(found):
+            CCEHead.adopt(found, **self.options)
+        return made
+
+    def __reduce__(self) -> tuple:
+        return ResetClassifier, (self._model(), self.path, self.options)
 
 
 class _Sparse(Mixup if TYPE_CHECKING else object):

@@ -60,7 +60,7 @@ def linear_cross_entropy(
             With reduction "none" the result has T - k positions.
         z_loss: adds z_loss * LSE^2 to each row's loss (PaLM, arXiv:2204.02311); in the mean it is averaged over the kept rows.
         grad_filter: None: exact gradients. (A tolerance is reserved for the certified filter and raises in this version.)
-        engine: "auto", "dense" (materialises), "tiled".
+        engine: "auto", "dense" (materialises), "tiled", "fused".
         return_stats: also return `Stats`.
 
     Returns:

@@ -11,6 +11,11 @@ from bigclass.core.stream import Map, Scale, Softcap, Stream
 INDEX_DTYPES = (torch.int64, torch.int32)
 
 
+def in_autocast(device: str) -> bool:
+    """Is autocast on for this type of device? (Some types have none, and raise when asked.)"""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def check_tensor(name: str, t: object) -> None:
     """Raise unless t is a tensor."""
     if not isinstance(t, Tensor):
@@ -59,7 +64,7 @@ def make_stream(
     if temperature != 1.0:
         maps.append(Scale.by(1.0 / temperature))
     device = input.device.type
-    compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    compute = torch.get_autocast_dtype(device) if in_autocast(device) else None
     x = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
     return Stream(((x, linear_weight),), bias=linear_bias, maps=tuple(maps), compute_dtype=compute)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -82,7 +83,28 @@ class SparseTarget:
     def to(self, *args: Any, **kwargs: Any) -> SparseTarget:
         """Moved or cast as `Tensor.to` would; the indices keep their dtype."""
         weights = self.weights.to(*args, **kwargs)
-        return replace(self, indices=self.indices.to(weights.device), weights=weights)
+        indices = self.indices.to(weights.device, non_blocking=kwargs.get("non_blocking", False))
+        return replace(self, indices=indices, weights=weights)
+
+    def cuda(self, device: Any = None, non_blocking: bool = False) -> SparseTarget:
+        return self.to("cuda" if device is None else device, non_blocking=non_blocking)
+
+    def cpu(self) -> SparseTarget:
+        return self.to("cpu")
+
+    def float(self) -> SparseTarget:
+        return self.to(torch.float32)
+
+    def detach(self) -> SparseTarget:
+        return replace(self, weights=self.weights.detach())
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        """Beside real tensors (a model in evaluation, a dense baseline) it is its dense form; lazy logits know what to do with it."""
+        if not all(issubclass(t, Tensor | cls) for t in types):
+            return NotImplemented
+        real = functools.partial(pytree.tree_map, lambda a: a.dense() if isinstance(a, cls) else a, is_leaf=lambda a: isinstance(a, cls))
+        return func(*real(list(args)), **real(kwargs or {}))
 
     def __getitem__(self, rows: Any) -> SparseTarget:
         """Some of the rows: an index of the first axis."""

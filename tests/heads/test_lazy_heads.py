@@ -214,12 +214,47 @@ def test_a_compiled_model_gives_lazy_logits_to_a_plain_criterion(engine):
 
 def test_a_compiled_operation_that_needs_the_numbers_has_them():
     model, x = Classifier(make_head(C)), features(6)
-    made = torch.compile(lambda x: model(x).softmax(-1).square().sum(), backend="aot_eager", fullgraph=True)(x)
+    step = torch.compile(lambda x: model(x).softmax(-1).square().sum(), backend="aot_eager", fullgraph=True)
+    with pytest.warns(LogitsWarning, match=r"softmax needs the logits themselves: \(6, 40\)"):
+        made = step(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", LogitsWarning)
+        step(x)  # said once, when it was traced
     exact = dense_logits(model.head, torch.tanh(model.body(x)))[0].softmax(-1).square().sum()
     assert error(made, exact) < 1e-12
 
 
+def test_the_limit_holds_in_a_compiled_graph():
+    """Pitfall 22: an eager step raises here; a compiled one must not write in silence."""
+    model, x = Classifier(make_head(C)), features(6)
+    with bigclass.planning(logits_limit=100), pytest.raises(Exception, match=r"softmax needs the logits themselves.*above the limit"):
+        torch.compile(lambda x: model(x).softmax(-1).square().sum(), backend="aot_eager", fullgraph=True)(x)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("engine", ["auto", "dense"])
+def test_transforms_get_real_logits_where_the_dense_engine_serves_them(engine):
+    head, x, y = make_head(C, engine=engine), features(6), labels()
+    loss = lambda p: F.cross_entropy(torch.func.functional_call(head, p, (x,)), y)  # noqa: E731
+    made = torch.func.grad(loss)(dict(head.named_parameters()))
+    F.cross_entropy(head.logits(x), y).backward()
+    assert max(error(made[name], p.grad) for name, p in head.named_parameters()) < 1e-12
+    per_row = torch.vmap(lambda x: head(x).sum())(x)
+    assert error(per_row, head.logits(x).sum(-1)) < 1e-12
+
+
 # --- an nn.Linear that becomes a head
+
+
+def test_a_parametrized_head_is_left_as_it_is():
+    head = make_head(C)
+    torch.nn.utils.parametrizations.weight_norm(head)
+    kind, x = type(head), features(6)
+    before = head.logits(x)
+    for change in (head.release, lambda: CCEHead.adopt(head)):
+        with pytest.raises(TypeError, match="parametrized"):
+            change()
+    assert type(head) is kind and torch.equal(head.logits(x), before)
 
 
 @pytest.mark.parametrize("kind", [CCEHead, LMHead])

@@ -496,3 +496,44 @@ def test_log_probabilities_are_pytrees_too():
 def test_a_copy_of_lazy_logits_is_refused_or_right():
     s = make_head(C)(features(5))
     assert torch.equal(copy.copy(s).materialize(), s.materialize())
+
+
+# --- arithmetic of other kinds
+
+
+def test_numpy_numbers_are_numbers():
+    np = pytest.importorskip("numpy")
+    head, x = make_head(40), features(6)
+    logits = head.logits(x)
+    half, three = np.float64(0.5), np.float32(3.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", LogitsWarning)
+        for made, exact in (
+            (half * head(x), 0.5 * logits), (head(x) * three, logits * 3.0), (head(x) / half, logits / 0.5),
+            (head(x) + three, logits + 3.0), (head(x)[np.int64(2)], logits[2]),
+        ):  # fmt: skip
+            assert isinstance(made, LazyLogits) and error(made.materialize(), exact) < 1e-12
+
+
+@pytest.mark.parametrize("operation", [lambda t: t + 1.0, lambda t: t - 1.0, lambda t: 1.0 + t, lambda t: +t, lambda t: t - t])
+def test_arithmetic_on_log_probabilities_writes_them_out(operation):
+    head, x = make_head(40), features(6)
+    for terms in (
+        lambda s: F.log_softmax(s, -1), lambda s: F.binary_cross_entropy_with_logits(s, torch.ones(6, 40).double(), reduction="none"),
+    ):  # fmt: skip
+        with pytest.warns(LogitsWarning):
+            made = operation(terms(head(x)))
+        assert error(made, operation(terms(head.logits(x)))) < 1e-12
+
+
+def test_terms_under_autocast_have_the_dtype_of_autocast():
+    head, x = make_head(40, dtype=torch.float32), features(6, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        made = F.binary_cross_entropy_with_logits(head(x), torch.ones(6, 40), reduction="none")
+        exact = F.binary_cross_entropy_with_logits(head.logits(x), torch.ones(6, 40), reduction="none")
+    assert made.dtype == exact.dtype == torch.float32
+
+
+def test_an_unknown_reduction_of_kl_div_is_named():
+    with pytest.raises(ValueError, match=r"reduction.*'bogus'"):
+        F.kl_div(F.log_softmax(make_head(40)(features(6)), -1), torch.rand(6, 40).double(), reduction="bogus")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -142,8 +144,9 @@ def test_a_model_without_classifier_or_of_another_library_is_refused():
         bigclass.convert_head(model)
     with pytest.raises(ValueError, match="greater than 0"):
         bigclass.convert_head(timm.create_model("test_vit", num_classes=C), softcap=-1.0)
-    with pytest.raises(TypeError, match="unexpected option 'soft_cap'"):
-        bigclass.convert_head(timm.create_model("test_vit", num_classes=C), soft_cap=1.0)
+    for option in ("soft_cap", "label_smoothing"):  # the second would never take effect
+        with pytest.raises(TypeError, match=f"unexpected option '{option}'.*belongs to the criterion"):
+            bigclass.convert_head(timm.create_model("test_vit", num_classes=C), **{option: 0.5})
 
 
 def test_converting_twice_takes_the_last_options_and_restoring_undoes_it():
@@ -166,6 +169,28 @@ def test_copies_and_pickles_reset_their_own_classifier():
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
         other.reset_classifier(7)
         assert type(other.head) is bigclass.CCEHead and other.head.out_features == 7 and model.head.out_features == C
+
+
+def test_a_converted_model_is_freed_without_the_garbage_collector():
+    """Its weights and gradients would stay on the device until a collection."""
+    model = bigclass.convert_head(timm.create_model("test_vit", num_classes=C))
+    there = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert there() is None
+    finally:
+        gc.enable()
+
+
+def test_a_compiled_model_converts_and_is_restored_as_the_model_inside():
+    model = timm.create_model("test_vit", num_classes=C)
+    compiled = torch.compile(model, backend="eager")
+    assert bigclass.convert_head(compiled) is compiled and type(model.head) is bigclass.CCEHead
+    model.reset_classifier(7)
+    assert type(model.head) is bigclass.CCEHead
+    bigclass.restore_head(compiled)
+    assert type(model.head) is nn.Linear and "reset_classifier" not in vars(model)
 
 
 def test_checkpoints_load_both_ways():

@@ -321,3 +321,10 @@ def test_what_does_not_fit_a_layer_is_refused(engine):
     ):
         with pytest.raises(kind, match=words):
             bigclass.linear_cross_entropy(x, w, t, engine=engine, **options)
+
+
+def test_beside_real_logits_it_is_its_dense_form():
+    t = SparseTarget(torch.tensor([[1, 2], [0, -1]]), torch.tensor([[0.3, 0.5], [1.0, 0.0]]), 5, 0.01)
+    logits = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(torch.nn.functional.cross_entropy(logits, t), torch.nn.functional.cross_entropy(logits, t.dense()))
+    assert t.float().dtype == t.cpu().dtype == torch.float32 and not t.detach().weights.requires_grad

@@ -26,6 +26,7 @@ class Lazy:
     """What lazy logits and what is made of them share: torch functions come to `_functions`, anything else materialises."""
 
     _functions: ClassVar[dict[Any, Callable]] = {}
+    __array_priority__ = 1000  # as tensors: NumPy's numbers then leave arithmetic to us
 
     def materialize(self) -> Tensor:
         """The real tensor (..., C), differentiable. No warning: you asked for it."""
@@ -37,8 +38,8 @@ class Lazy:
 
     def written_out(self, operation: str) -> Tensor:
         """The real tensor for an operation that needs it: with a `LogitsWarning` the first time, the same one afterwards."""
-        if self._kept("_real") is None and not torch.compiler.is_compiling():
-            _announce(operation, self)
+        if self._kept("_real") is None:
+            _announce(operation, tuple(self.shape), self.dtype)
         return self.real()
 
     def real(self) -> Tensor:
@@ -197,11 +198,17 @@ def is_lazy(a: Any) -> bool:
     return isinstance(a, Lazy)
 
 
-def _announce(operation: str, lazy: Any) -> None:
-    """Say that N x C numbers are about to be written, or refuse."""
-    size = lazy.numel() * lazy.dtype.itemsize
-    shape = tuple(lazy.shape)
-    what = f"{operation} needs the logits themselves: {shape} {lazy.dtype}, {size / 2**20:.1f} MiB, and as much again for gradients"
+def _announce(operation: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Say that N x C numbers are about to be written, or refuse. In a compiled graph: while it is traced, once."""
+    if torch.compiler.is_compiling():
+        _announce_in_trace(operation, shape, dtype)
+    else:
+        _tell(operation, shape, dtype)
+
+
+def _tell(operation: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    size = math.prod(shape) * dtype.itemsize
+    what = f"{operation} needs the logits themselves: {shape} {dtype}, {size / 2**20:.1f} MiB, and as much again for gradients"
     limit = settings().logits_limit
     if limit is not None and size > limit:
         raise ArgumentError(
@@ -217,6 +224,16 @@ def _announce(operation: str, lazy: Any) -> None:
         LogitsWarning,
         stacklevel=level,
     )
+
+
+@torch.compiler.assume_constant_result
+def _announce_in_trace(operation: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    _tell(operation, shape, dtype)
+
+
+def plain_number(value: Any) -> Any:
+    """A NumPy number as Python's; anything else as it is."""
+    return value.item() if type(value).__module__ == "numpy" and getattr(value, "shape", None) == () else value
 
 
 def result_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -263,6 +280,7 @@ def _materialising(name: str) -> Callable:
 
 for _name in (
     "__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__pow__", "__rpow__", "__rsub__", "__rtruediv__", "__matmul__",
-    "__rmatmul__", "__mod__", "__floordiv__", "__abs__", "__float__", "__int__", "__array__", "__contains__",
+    "__rmatmul__", "__mod__", "__floordiv__", "__abs__", "__float__", "__int__", "__array__", "__contains__", "__add__", "__radd__",
+    "__sub__", "__pos__",
 ):  # fmt: skip
     setattr(Lazy, _name, _materialising(_name))

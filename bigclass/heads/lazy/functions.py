@@ -15,6 +15,7 @@ from bigclass.heads.lazy.base import functions_of, result_dtype
 from bigclass.heads.lazy.logits import LazyLogits
 from bigclass.heads.lazy.terms import LazyBinaryCrossEntropy
 from bigclass.losses.elementwise import binary_cross_entropy, class_vector, sparse_binary_cross_entropy
+from bigclass.losses.inputs import in_autocast
 from bigclass.losses.targets import SparseTarget
 
 
@@ -31,6 +32,8 @@ def _binary_cross_entropy(input, target, weight=None, size_average=None, reduce=
     if not shaped or getattr(target, "requires_grad", False):
         return NotImplemented
     input.check()
+    if in_autocast(input.device.type):
+        input = input.float()  # as autocast has it for this function
     if reduction == "none":
         return LazyBinaryCrossEntropy(input, target, weight=vectors[0], pos_weight=vectors[1])
     streamed: Any = sparse_binary_cross_entropy if isinstance(target, SparseTarget) else binary_cross_entropy

@@ -35,10 +35,10 @@ from bigclass.core.folds import LogSumExp, log_sum_exp
 from bigclass.core.op import reduce_logits
 from bigclass.core.stream import Scale, Softcap, Stream
 from bigclass.core.topk import TopK
-from bigclass.heads.lazy.base import Lazy, dense_call, result_dtype
+from bigclass.heads.lazy.base import Lazy, dense_call, plain_number, result_dtype
 from bigclass.heads.lazy.shapes import axis, from_start, is_list_of_ints, spread_index, whole_shape
 from bigclass.losses.cross_entropy import cross_entropy
-from bigclass.losses.inputs import check_linear, checked_picks
+from bigclass.losses.inputs import check_linear, checked_picks, in_autocast
 from bigclass.losses.targets import SparseTarget
 
 
@@ -48,7 +48,8 @@ class LazyLogits(Lazy):
 
     stream: their recipe, N rows. lead: the batch axes, whose product is N. dtype: what a plain `nn.Linear` would have returned (the
     stream never rounds to it). engine: for everything computed from them. class_first: is the class axis the second of all (as in the
-    K-dimensional loss) rather than the last? versions: of the stream's tensors when they were taken; None where nobody can look.
+    K-dimensional loss) rather than the last? versions: of the stream's tensors when they were taken; None where nobody can look (inside a
+    compiled model; a weight changed between such a model and an eager loss goes unnoticed).
     """
 
     stream: Stream
@@ -125,7 +126,7 @@ class LazyLogits(Lazy):
         """Raise if the features or the weight were changed in place since the logits were asked for (an optimizer's step, say)."""
         if torch.compiler.is_compiling():
             return
-        if any(w.numel() and w.device.type != "meta" and w.untyped_storage().size() == 0 for _, w in self.stream.pairs):
+        if any(_is_gone(w) for _, w in self.stream.pairs):
             raise RuntimeError(
                 "bigclass: the weight of these lazy logits is gone: FSDP2 resharded it after the head's forward. Give the head its "
                 "targets, head(features, target), or let it belong to the root's group (no fully_shard of the head alone)"
@@ -166,17 +167,22 @@ class LazyLogits(Lazy):
         return self._with(replace(self.stream, maps=_joined((*self.stream.maps, *maps))))
 
     def _scaled(self, factor: Any) -> Any:
+        factor = plain_number(factor)
         if isinstance(factor, bool) or not isinstance(factor, int | float | Tensor):
             return NotImplemented
         if not isinstance(factor, Tensor):
             return self._map(Scale.by(factor))
         if factor.numel() != 1 or factor.dim() > self.ndim or not factor.is_floating_point():
             return NotImplemented
-        return replace(self._map(Scale.by(factor.to(self.device))), dtype=_promoted(self.dtype, factor))
+        if factor.device != self.device and factor.requires_grad:
+            return NotImplemented
+        # a number that lies on the CPU stays there: moving it would be a host sync
+        scale = Scale.by(factor if factor.device == self.device else float(factor))
+        return replace(self._map(scale), dtype=_promoted(self.dtype, factor))
 
     def _shifted(self, by: Any) -> Any:
         """s + by for a number, a scalar or a class vector (C,): a bias, as long as nothing has bent the logits."""
-        s = self.stream
+        s, by = self.stream, plain_number(by)
         if isinstance(by, bool) or not isinstance(by, int | float | Tensor) or s.maps or s.scale == 0.0 or self.class_first:
             return NotImplemented
         if isinstance(by, Tensor) and (by.numel() != 1 and tuple(by.shape) not in ((s.shape[1],), (1, s.shape[1]))):
@@ -353,7 +359,7 @@ class LazyLogits(Lazy):
         if self.class_first:
             return self.written_out("indexing")[index]
         index = index if isinstance(index, tuple) else (index,)
-        index = tuple(torch.tensor(i, device=self.device) if is_list_of_ints(i) else i for i in index)
+        index = tuple(torch.tensor(i, device=self.device) if is_list_of_ints(i) else plain_number(i) for i in index)
         spread = spread_index(index, self.ndim)
         if spread is None:
             return self.written_out("indexing")[index]
@@ -381,6 +387,7 @@ class LazyLogits(Lazy):
     __rmul__ = __mul__
 
     def __truediv__(self, other: Any) -> Any:
+        other = plain_number(other)
         scalar = isinstance(other, int | float) and not isinstance(other, bool) and other != 0
         tensor = isinstance(other, Tensor) and other.numel() == 1 and other.is_floating_point()
         made = self._scaled(1.0 / other) if scalar or tensor else NotImplemented
@@ -455,6 +462,8 @@ class LazyLogits(Lazy):
         dtype = _stacklevel if isinstance(_stacklevel, torch.dtype) else dtype  # torch.log_softmax takes it there
         if not self._last(dim):
             return self.written_out("log_softmax").log_softmax(dim, dtype=dtype)
+        if dtype is None and self.device.type != "cpu" and in_autocast(self.device.type):
+            dtype = torch.float32  # as autocast has it for this function
         return LazyLogProbs(self if dtype is None else self.to(dtype))
 
     def cross_entropy(
@@ -485,7 +494,7 @@ def lazy_logits(features: Tensor, weight: Tensor, bias: Tensor | None, maps: tup
     """The logits maps(features weight^T + bias) of features (..., D), not yet made."""
     check_linear(features, weight, bias)
     device = features.device.type
-    compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    compute = torch.get_autocast_dtype(device) if in_autocast(device) else None
     if compute is not None and torch.float64 in (features.dtype, weight.dtype):
         compute = None  # autocast leaves float64 alone
     dtype = compute or torch.promote_types(features.dtype, weight.dtype)
@@ -495,6 +504,12 @@ def lazy_logits(features: Tensor, weight: Tensor, bias: Tensor | None, maps: tup
     stream = Stream(((x, weight.view_as(weight)),), bias=b, maps=maps, compute_dtype=compute)
     versions = None if torch.compiler.is_compiling() else _versions(stream)
     return LazyLogits(stream, tuple(features.shape[:-1]), dtype, engine, False, versions)
+
+
+def _is_gone(w: Tensor) -> bool:
+    """Was the memory of this tensor taken away?"""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(w)  # pyright: ignore[reportAttributeAccessIssue]
+    return w.numel() > 0 and w.device.type != "meta" and not wrapped and w.untyped_storage().size() == 0
 
 
 def _versions(stream: Stream) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.nn import _reduction as legacy
 
-from bigclass.core.errors import ArgumentTypeError
+from bigclass.core.errors import ArgumentError, ArgumentTypeError
 from bigclass.core.folds import LogSumExp, Total, log_sum, log_sum_exp
 from bigclass.core.op import reduce_logits
 from bigclass.heads.lazy.base import Lazy, dense_call, functions_of, result_dtype
@@ -182,6 +182,9 @@ class LazyLogProbs(_Terms):
         """`F.kl_div(self, target, ...)`, streamed unless the reduction is "none"."""
         if size_average is not None or reduce is not None:
             reduction = legacy.legacy_get_string(size_average, reduce)
+        if reduction not in ("none", "batchmean", "sum", "mean"):
+            raise ArgumentError(f"reduction: expected 'none', 'batchmean', 'sum' or 'mean', got {reduction!r}")
+        target = target.dense() if isinstance(target, SparseTarget) else target
         fits = isinstance(target, Tensor) and tuple(target.shape) == tuple(self.shape) and not target.requires_grad
         if self.target is not None or self.factor != 1.0 or reduction == "none" or not fits:
             real = self.written_out("kl_div")
