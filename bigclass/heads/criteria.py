@@ -70,7 +70,8 @@ def convert_criterion(criterion: nn.Module) -> nn.Module:
     Streams: torch's CrossEntropyLoss, NLLLoss, KLDivLoss, BCEWithLogitsLoss (as they stand: returned unchanged) and
     MultiLabelSoftMarginLoss; timm's LabelSmoothingCrossEntropy, SoftTargetCrossEntropy, BinaryCrossEntropy, PolyCrossEntropy,
     PolyBinaryCrossEntropy, AsymmetricLossMultiLabel and AsymmetricLossSingleLabel. Reduction "none" of the one-vs-all losses is N x C
-    by definition: it falls back to the module, with the warning of lazy logits.
+    by definition: it falls back to the module, with the warning of lazy logits. So do AsymmetricLossSingleLabel with smoothing and a
+    gamma_neg of 0, and class weights of other shapes than (C,).
 
     Args:
         criterion: the module. A subclass is not taken for its base, whose forward it may change.

@@ -324,14 +324,14 @@ class LazyLogits(Lazy):
     def split(self, split_size: Any = None, dim: int = 0, *, split_size_or_sections: Any = None) -> Any:
         size = split_size if split_size is not None else split_size_or_sections
         at = axis(dim, self.ndim)
-        if self.class_first or at == self.ndim - 1:
+        if self.class_first:
             return self.written_out("split").split(size, dim)
         total = self.shape[at]
         sizes = [min(size, total - a) for a in range(0, total, size) or (0,)] if isinstance(size, int) else list(size)
         if sum(sizes) != total:
             raise ArgumentError(f"split_size: expected sizes that add up to {total} (axis {dim}), got {sizes}")
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        return tuple(self._rows(lambda t, a=a, k=k: t.narrow(at, a, k)) for a, k in zip(starts, sizes, strict=True))
+        return tuple(self.narrow(at, a, k) for a, k in zip(starts, sizes, strict=True))
 
     def chunk(self, chunks: int, dim: int = 0) -> Any:
         return self.split(max(-(-self.shape[dim] // chunks), 1), dim)
