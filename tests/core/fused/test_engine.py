@@ -75,7 +75,7 @@ def test_n_x_c_tensors_may_be_expanded_transposed_or_cut(gradients):
             with bigclass.planning(gradients=gradients):
                 stream, folds = Stream(((x, w),), given=full), (LogSumExp(), Dot(tensors=(full,)))
                 args = (torch.ones(n, dtype=torch.float64), torch.ones(n, dtype=torch.float64))
-                loss = stream_loss(stream, None, folds, "cross_entropy_probabilities", args, (0.0, 0.0), engine=engine)
+                loss = stream_loss(stream, None, folds, "cross_entropy_probabilities", args, (0.0, 0.0, 0.0, 0.0), engine=engine)
             results.append((loss, *torch.autograd.grad(loss, (x, w))))
         for got, want in zip(*results, strict=True):
             assert error(got, want) < 1e-5
