@@ -408,7 +408,7 @@ def _register_tiles(plan: Plan, device: torch.device, dtype: torch.dtype, featur
 
     def tile(bent: bool) -> str:
         weight = launch.weight(folds, bent=bent)
-        t = launch.config(architecture, torch.float32 if stored else dtype, weight, described=described)
+        t = launch.config(architecture, torch.float32 if stored else dtype, weight, described=described, products=not stored)
         return f"{t.BM} rows x {t.BN} classes, {t.warps} warps, {t.stages} stages"
 
     fold, gradient = tile(False), tile(bool(maps))

@@ -237,8 +237,10 @@ def test_the_newer_tf32_switch_is_read():
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     try:
-        for asked, given in (("tf32", "tf32"), ("ieee", "tf32x3")):
+        for asked, given in (("tf32", "tf32"), ("ieee", "ieee"), ("none", "tf32x3")):
             matmul.fp32_precision = asked
-            assert launch.precision(torch.float32) == given
+            assert launch.precision(torch.float32) == given and launch.precision(torch.bfloat16) == "ieee"
+            assert (launch.config("sm_90", torch.float32, 0) is launch.IEEE) == (asked == "ieee")
+            assert launch.config("sm_90", torch.float32, 0, products=False) is not launch.IEEE
     finally:
         matmul.fp32_precision = before

@@ -146,7 +146,7 @@ class Problem:
         weight = launch.weight(folds, given=self.stream.given is not None, searched=searched, bent=bent)
         dtype = torch.float32 if self.stored is not None else self.pairs[0][0].dtype
         described = self.stored is not None or launch.describable([t for pair in self.pairs for t in pair])
-        return launch.config(launch.architecture(self.stream.device), dtype, weight, described=described)
+        return launch.config(launch.architecture(self.stream.device), dtype, weight, described=described, products=self.stored is None)
 
     def fold(self, picked: Tensor | None) -> list[State]:
         """The states of the folds, each part (N,) or (C,). Picked logits are written to `picked` (N, K), in the picks' order.

@@ -73,6 +73,10 @@ POINTERS = {
     4: (Config(64, 32, 32, 8, 3, False), Config(64, 32, 32, 8, 3, False)),
 }
 
+# fp32 products by fused multiply-adds, which use no tensor cores and hold their operands in registers: one small tile for
+# all. It spills one to three registers in a few recipes (which, differs between Triton 3.6 and 3.9); larger ones spill hundreds on sm_90.
+IEEE = Config(64, 32, 16, 8, 2, False)
+
 MERGE_BLOCK = 128  # states merged by one program: one for each of its threads
 ROWS = Config(16, 0, 64, 4, 2, False)  # rows of a program that reads or adds picks, features at a time
 
@@ -99,8 +103,10 @@ def weight(folds: Sequence[Fold], *, given: bool = False, searched: bool = False
     return int(len(folds) != 1 or folds[0].axis != "rows" or searched or bent)
 
 
-def config(name: str, dtype: torch.dtype, weight: int, *, described: bool = True) -> Config:
-    """The tile on an architecture. described: can descriptors address the operands?"""
+def config(name: str, dtype: torch.dtype, weight: int, *, described: bool = True, products: bool = True) -> Config:
+    """The tile on an architecture. described: can descriptors address the operands? products: are there any, or are logits stored?"""
+    if products and dtype == torch.float32 and precision(dtype) == "ieee" and name != "interpreter":
+        return IEEE
     if described or name == "interpreter":
         return TABLE[name, dtype.itemsize][weight]
     return POINTERS[dtype.itemsize][weight == 2]
@@ -114,11 +120,12 @@ def processors(device: torch.device) -> int:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How fp32 products are made: three tf32 products (about fp32's accuracy), unless torch's own switch allows one."""
+    """How fp32 products are made: three tf32 products (about fp32's accuracy), unless torch's own switch asks for "tf32" or "ieee"."""
     if dtype != torch.float32:
         return "ieee"
     # not allow_tf32, which raises once somebody has used this newer switch
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+    asked = torch.backends.cuda.matmul.fp32_precision
+    return asked if asked in ("tf32", "ieee") else "tf32x3"
 
 
 def split_classes(bands: int, tiles: int, group: int, device: torch.device) -> tuple[int, int]:
