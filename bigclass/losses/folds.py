@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigclass.core.folds import Fold, SumFold, register_fold
+from bigclass.core.folds import Fold, LogSumExp, SumFold, register_fold
 from bigclass.core.guards import autograd_inside_op
 from bigclass.core.triton_form import triton_form
 
@@ -28,24 +28,16 @@ def _shifted(s: Tensor) -> tuple[Tensor, Tensor]:
 
 @register_fold
 @dataclass(frozen=True, eq=False)
-class WeightedExp(Fold):
+class WeightedExp(LogSumExp):
     """(m, sum_j t_ij e^(s_ij - m)) with a full (N, C) tensor t of constants: the mass of softmax(s) under t, before division by l."""
 
     name: ClassVar[str] = "weighted_exp"
     tensor_axes: ClassVar[tuple[str, ...]] = ("grid",)
-    differentiable: ClassVar[tuple[bool, ...]] = (False, True)
-
-    def identity(self, n, like):
-        return like.new_full((n, 1), -math.inf), like.new_zeros((n, 1))
+    overwrites: ClassVar[bool] = False
 
     def lift(self, tile, tensors):
         m, u = _shifted(tile.logits(self.exclude_picks))
         return m, (torch.exp(u) * tensors[0]).sum(-1, keepdim=True)
-
-    def merge(self, a, b):
-        m = torch.maximum(a[0], b[0])
-        ref = m.clamp_min(torch.finfo(m.dtype).min)
-        return m, a[1] * torch.exp(a[0] - ref) + b[1] * torch.exp(b[0] - ref)
 
     def gradient(self, tile, tensors, state, grads, out):
         s = tile.logits(self.exclude_picks)
@@ -58,12 +50,6 @@ class WeightedExp(Fold):
         m = tl.max(s, axis=1)
         ref = tl.where(m == float("-inf"), 0.0, m)
         return m, tl.sum(t * tl.exp2((s - ref[:, None]) * 1.4426950408889634), axis=1)
-
-    @triton_form
-    def merge_triton(m, l, m2, l2):  # noqa: E741
-        top = tl.maximum(m, m2)
-        ref = tl.where(top == float("-inf"), 0.0, top)
-        return top, l * tl.exp2((m - ref) * 1.4426950408889634) + l2 * tl.exp2((m2 - ref) * 1.4426950408889634)
 
     @triton_form
     def gradient_triton(s, m, l, g, t):  # noqa: E741
