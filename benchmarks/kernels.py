@@ -289,6 +289,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--features", nargs="+", type=int, default=list(FEATURES), metavar="D", help=f"default: {' '.join(map(str, FEATURES))}"
     )
+    parser.add_argument("--ieee", action="store_true", help="fp32 products by plain fp32 arithmetic, as torch's switch may ask for")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return parser.parse_args(arguments)
 
@@ -303,6 +304,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"kernels: {error}", file=sys.stderr)
         return 2
     version = importlib.import_module("triton").__version__
+    if options.ieee:
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
 
     rows: list[Row] = []
     for arch in options.arch:

@@ -31,11 +31,11 @@ UNALIGNED = (70,)
 every_arch = pytest.mark.parametrize("arch", SHARED)
 
 
-def built(arch: str, dtype: str, features: tuple[int, ...], recipes: tuple[str, ...]) -> list[dict]:
+def built(arch: str, dtype: str, features: tuple[int, ...], recipes: tuple[str, ...], *options: str) -> list[dict]:
     """The binaries, made in a process of their own: this one has Triton's interpreter."""
     command = [sys.executable, "-m", "benchmarks.kernels", "--arch", arch, "--dtype", dtype, "--features", *map(str, features), "--json"]
     run = subprocess.run(
-        [*command, *(["--recipe", *recipes] if recipes else [])],
+        [*command, *options, "--recipe", *recipes],
         cwd=Path(__file__).parents[3],
         env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
         capture_output=True,
@@ -73,3 +73,11 @@ def test_nothing_spills_and_tiles_use_the_units_of_their_architecture(arch, dtyp
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_nothing_spills_where_descriptors_cannot_address_the_rows(arch, dtype):
     check_size(arch, built(arch, dtype, UNALIGNED, ("entropy", "two pairs", "given", "probabilities weights bias cap")))
+
+
+@every_arch
+def test_nothing_spills_where_fp32_products_are_plain_arithmetic(arch):
+    rows = [row for d in (4096, *UNALIGNED) for row in built(arch, "fp32", (d,), ("ce", "columns", "entropy bias cap"), "--ieee")]
+    check_size(arch, rows)
+    units = {named(row) for row in rows if any(row["binary"][unit] for unit in UNITS.values())}
+    assert units == set()

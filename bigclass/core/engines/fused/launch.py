@@ -39,6 +39,7 @@ class Config:
     """A tile of BM rows x BN classes, BK features at a time; warps and pipeline stages; TMA: operands by descriptors where they allow it.
 
     group: bands of rows that run side by side, so that a tile of w is read once for all of them and their x stays in L2.
+    registers: how many a thread may take, said to the assembler; None leaves it to weigh spills against the programs that fit beside.
     """
 
     BM: int
@@ -48,6 +49,7 @@ class Config:
     stages: int
     tma: bool
     group: int = 16
+    registers: int | None = None
 
 
 # (architecture, bytes of an operand's element) -> (light, heavy, heaviest), see `weight`.
@@ -73,9 +75,9 @@ POINTERS = {
     4: (Config(64, 32, 32, 8, 3, False), Config(64, 32, 32, 8, 3, False)),
 }
 
-# fp32 products by fused multiply-adds, which use no tensor cores and hold their operands in registers: one small tile for
-# all. It spills one to three registers in a few recipes (which, differs between Triton 3.6 and 3.9); larger ones spill hundreds on sm_90.
-IEEE = Config(64, 32, 16, 8, 2, False)
+# fp32 products by fused multiply-adds, which use no tensor cores and hold their operands in registers: one small tile for all (larger
+# ones spill hundreds on sm_90). Left to itself the assembler stops at 64 to 80 registers, for the sake of more programs, and spills three.
+IEEE = Config(64, 32, 16, 8, 2, False, registers=255)
 
 MERGE_BLOCK = 128  # states merged by one program: one for each of its threads
 ROWS = Config(16, 0, 64, 4, 2, False)  # rows of a program that reads or adds picks, features at a time
@@ -185,6 +187,8 @@ def start(
     options: dict[str, Any] = {} if config is None else {"num_warps": config.warps, "num_stages": config.stages}
     if not interpreting():
         options |= _fusion()
+        if config is not None and config.registers is not None:
+            options["maxnreg"] = config.registers
     if _target is not None:
         _compiled.append(Compiled(kernel.warmup(*arguments, **constants, **options, grid=(programs,)), config))
         return
