@@ -379,6 +379,12 @@ class SumFold(Fold):
     """
 
     differentiable: ClassVar[tuple[bool, ...]] = (True,)
+    vanishes: ClassVar[bool] = False  # are term and slope 0 at s = -inf? Picks are then left out by that, before anything is computed
+
+    @property
+    def zero_below(self) -> float:
+        """Where s lies below this, term and slope are exactly 0: classes that do so in all rows of a tile are skipped."""
+        return -math.inf
 
     @staticmethod
     def term(s: Tensor, numbers: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
@@ -393,7 +399,14 @@ class SumFold(Fold):
     def identity(self, n, like):
         return (like.new_zeros((n, 1)),)
 
+    @classmethod
+    def term_and_slope(cls, s: Tensor, numbers: Sequence[float], tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """(phi, phi'), for a gradient that is made with the value: what both share is then computed once."""
+        return cls.term(s, numbers, tensors), cls.slope(s, numbers, tensors)
+
     def lift(self, tile, tensors):
+        if self.vanishes and self.exclude_picks:
+            return (self.term(tile.logits(True), self.numbers, tensors).sum(-1, keepdim=True),)
         t = self.term(tile.s, self.numbers, tensors)
         if self.exclude_picks:
             t = tile.clear_picks(_own(t, tile))
@@ -407,6 +420,17 @@ class SumFold(Fold):
         g = _there(grads[0])
         torch.mul(slope, g, out=out) if slope.shape == out.shape else out.copy_(slope * g)
         return tile.clear_picks(out) if self.exclude_picks else out
+
+    def lift_with_gradient(self, tile: Tile, tensors: Sequence[Tensor], g: Tensor, out: Tensor) -> State:
+        """`lift` and, in `out` (which may be the tile), `gradient` for a g (n, 1) that is known before."""
+        s = tile.logits(True) if self.vanishes and self.exclude_picks else tile.s
+        term, slope = self.term_and_slope(s, self.numbers, tensors)
+        late = self.exclude_picks and not self.vanishes
+        state = ((tile.clear_picks(_own(term, tile)) if late else term).sum(-1, keepdim=True),)
+        torch.mul(slope, g, out=out) if slope.shape == out.shape else out.copy_(slope * g)
+        if late:
+            tile.clear_picks(out)
+        return state
 
     # (s, *tensors, *numbers), for the fused engine; what does not count is left out of the sum there
     term_triton: ClassVar[TritonForm | None] = None

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -27,11 +28,11 @@ from torch import Tensor
 from bigclass.core.engines import dense, streaming_engine
 from bigclass.core.engines.support import form_reason, fused_reason, grids
 from bigclass.core.errors import ArgumentError, ArgumentTypeError
-from bigclass.core.folds import Fold, State
+from bigclass.core.folds import Fold, State, SumFold
 from bigclass.core.guards import autocast_off, autograd_inside_op, refuse_create_graph, refuse_transforms
 from bigclass.core.plan import Plan, Settings, Work, choose_engine, choose_gradients, make_plan, settings, tile_buffers
 from bigclass.core.recipe import pack, unpack
-from bigclass.core.row_losses import ROW_LOSSES
+from bigclass.core.row_losses import AFFINE, ROW_LOSSES
 from bigclass.core.stream import Map, Stream
 
 
@@ -96,28 +97,60 @@ def stream_loss(
         The sum, in fp32 (float64 for float64 streams; float64 args make the sum itself run in float64).
         Gradients reach the stream's tensors, the folds' and args.
     """
+    return observed_loss(stream, picks, folds, (), row_loss, args, numbers, keep=keep, engine=engine)[0]
+
+
+def observed_loss(
+    stream: Stream,
+    picks: Tensor | None,
+    folds: Sequence[Fold],
+    observed: Sequence[Fold],
+    row_loss: str,
+    args: Sequence[Tensor] = (),
+    numbers: Sequence[float] = (),
+    *,
+    keep: Tensor | None = None,
+    engine: str = "auto",
+) -> tuple[Tensor, list[State]]:
+    """`stream_loss`, and the states of row folds that the loss does not read (top-k classes), from the same tiles. They get no gradient."""
     if row_loss not in ROW_LOSSES:
         raise KeyError(f"row_loss: no {row_loss!r} is registered; known: {sorted(ROW_LOSSES)}")
-    if any(f.axis != "rows" for f in folds):
+    if any(f.axis != "rows" for f in (*folds, *observed)):
         raise ArgumentError("stream_loss: column folds do not reach a row loss; use reduce_logits")
+    if any(f.tensors for f in observed):
+        raise ArgumentError("observed: expected folds without tensors of their own")
     for a in args:
         if a.shape[0] != stream.shape[0]:
             raise ArgumentError(f"args: expected tensors with {stream.shape[0]} rows, got shape {tuple(a.shape)}")
     tensors = [*stream.tensors, *[t for f in folds for t in f.tensors], *args]
     needs = [t.requires_grad and torch.is_grad_enabled() for t in tensors]
     options = settings()
-    work = _work(stream, folds, keep, scalar=True, grad=any(needs))
-    name = _choose(work, engine, stream, folds)
-    if name == "dense" or choose_gradients(work, options) == "recompute":
-        states, picked = reduce_logits(stream, picks, folds, keep=keep, engine=name)
+    work = _work(stream, [*folds, *observed], keep, scalar=True, grad=any(needs))
+    work = replace(work, affine=_is_affine(row_loss, picks, folds, args))
+    name = _choose(work, engine, stream, [*folds, *observed])
+    gradients = choose_gradients(work, options)
+    # an observed fold is shown tiles once: where chunks of whole rows are kept, it would need them all again
+    if name == "dense" or gradients == "recompute" or (observed and gradients == "forward"):
+        states, picked = reduce_logits(stream, picks, [*folds, *observed], keep=keep, engine=name)
+        states, seen = states[: len(folds)], [tuple([t.detach() for t in s]) for s in states[len(folds) :]]
         if keep is not None:  # what ignored rows hold (0 times an infinite identity is NaN) must not reach the gradients of args
             states = [tuple([torch.where(_like(keep, t), t, 0.0) for t in state]) for state in states]
-        return _sum(ROW_LOSSES[row_loss](states, picked, args, numbers), keep, stream)
-    _check(stream, picks, folds, keep)
+        return _sum(ROW_LOSSES[row_loss](states, picked, args, numbers), keep, stream), seen
+    _check(stream, picks, [*folds, *observed], keep)
     refuse_transforms(tensors)
-    recipe, constants, tensors = pack(stream, folds)
-    plan = f"{name},{options.gradients},{options.workspace or 0}"
-    return _stream_loss(tensors, picks, keep, list(args), recipe, constants, row_loss, [*numbers, 0.0], plan, needs)[0]
+    recipe, constants, tensors = pack(stream, [*folds, *observed])
+    plan = f"{name},{options.gradients},{options.workspace or 0},{len(observed)}"
+    out = iter(_stream_loss(tensors, picks, keep, list(args), recipe, constants, row_loss, [*numbers, 0.0], plan, needs))
+    loss = next(out)
+    return loss, [_squeeze(tuple([next(out) for _ in f.differentiable])) for f in observed]
+
+
+def _is_affine(row_loss: str, picks: Tensor | None, folds: Sequence[Fold], args: Sequence[Tensor]) -> bool:
+    """Are the gradients of a tile known before any state is?
+
+    Its sums must leave the picks out, for these are then read apart, and rounded otherwise. Gradients of args are states."""
+    sums = all(isinstance(f, SumFold) and (picks is None or f.exclude_picks) for f in folds)
+    return row_loss in AFFINE and sums and len(folds) > 0 and not any(a.requires_grad for a in args)
 
 
 # --- the custom ops -------------------------------------------------------------------------------------------------------------
@@ -211,7 +244,8 @@ def _stream_loss(
     tensors: list[Tensor], picks: Tensor | None, keep: Tensor | None, args: list[Tensor], recipe: str, numbers: list[float],
     row_loss: str, row_numbers: list[float], plan: str, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
-    stream, folds = unpack(recipe, numbers, tensors)
+    stream, every = unpack(recipe, numbers, tensors)
+    folds, observed = _parted(every, plan)
     _assert_picks(picks, stream.shape[1])
     arg_needs = needs[len(tensors) :]
     row_numbers = row_numbers[:-1]  # the caller's; the last only keeps the list from being empty, which autograd takes for tensors
@@ -220,22 +254,29 @@ def _stream_loss(
         return _row_loss_gradients(row_loss, row_numbers, folds, states, picked, chunk, arg_needs, mask)
 
     with autocast_off(stream.device):
-        chosen = _plan(plan, _work(stream, folds, keep, scalar=True, grad=any(needs)))
+        work = _work(stream, every, keep, scalar=True, grad=any(needs))
+        chosen = _plan(plan, replace(work, affine=_is_affine(row_loss, picks, folds, ()) and not any(arg_needs)))
         module = streaming_engine(chosen.engine)
+        seen: list[State] = []
         if not any(needs):
-            states, picked = module.reduce(stream, picks, keep, folds, chosen)
-            loss = ROW_LOSSES[row_loss]([_squeeze(s) for s in states], picked, args, row_numbers)
-            return [_sum(loss, keep, stream)]
-        loss, grads = module.stream_loss(stream, picks, keep, folds, evaluate, args, chosen, needs)
-    return [loss, *grads]
+            states, picked = module.reduce(stream, picks, keep, every, chosen)
+            seen = states[len(folds) :]
+            loss = ROW_LOSSES[row_loss]([_squeeze(s) for s in states[: len(folds)]], picked, args, row_numbers)
+            loss, grads = _sum(loss, keep, stream), []
+        elif chosen.gradients == "slabs":
+            loss, seen, grads = module.slab_loss(stream, picks, keep, folds, observed, evaluate, args, chosen, needs)
+        else:
+            loss, grads = module.stream_loss(stream, picks, keep, folds, evaluate, args, chosen, needs)
+    return [loss, *[t for state in seen for t in state], *grads]
 
 
 @_stream_loss.register_fake
 def _(tensors, picks, keep, args, recipe, numbers, row_loss, row_numbers, plan, needs):
-    stream, _ = unpack(recipe, numbers, tensors)
+    stream, every = unpack(recipe, numbers, tensors)
     wide = stream.accumulate_dtype
     loss = stream.tensors[0].new_empty((), dtype=wide)
-    return [loss] + [_fake_gradient(t, wide) for t in _needed([*tensors, *args], needs)]
+    seen = _fake_outputs(stream, _parted(every, plan)[1], None)
+    return [loss, *seen] + [_fake_gradient(t, wide) for t in _needed([*tensors, *args], needs)]
 
 
 def _row_loss_gradients(row_loss, numbers, folds, states, picked, args, arg_needs, mask):
@@ -270,7 +311,7 @@ def _stream_loss_context(ctx, inputs, output):
     ctx.sizes = len(tensors), len(args), picks is not None, keep is not None
     ctx.constants = constants
     # Kept outside save_for_backward: in eager mode the backward consumes them in place, once (pitfall 46).
-    ctx.gradients = output[1:]
+    ctx.gradients = output[len(output) - sum(constants[-1]) :]
 
 
 def _stream_loss_gradients(ctx, grads):
@@ -291,7 +332,8 @@ def _stream_loss_gradients(ctx, grads):
             picks = rest.pop(0) if has_picks else None
             keep = rest.pop(0) if has_keep else None
             with torch.no_grad():
-                gradients = _stream_loss(inputs[:count], picks, keep, inputs[count:], *ctx.constants)[1:]
+                outputs = _stream_loss(inputs[:count], picks, keep, inputs[count:], *ctx.constants)
+                gradients = outputs[len(outputs) - sum(needs) :]
         ctx.gradients = None
         # an upstream of exactly 1 is the rule, and a pass over dw is not free; reading it on a GPU would be a host sync
         if upstream.device.type != "cpu" or float(upstream) != 1.0:
@@ -387,8 +429,14 @@ def _foreign(part: Fold | Map) -> bool:
     return not type(part).__module__.startswith("bigclass.")
 
 
+def _parted(every: Sequence[Fold], plan: str) -> tuple[Sequence[Fold], Sequence[Fold]]:
+    """(the folds that a row loss reads, those that are observed): the last so many, as the plan says."""
+    count = len(every) - int(plan.split(",")[3])
+    return every[:count], every[count:]
+
+
 def _plan(plan: str, work: Work) -> Plan:
-    engine, gradients, workspace = plan.split(",")
+    engine, gradients, workspace = plan.split(",")[:3]
     return make_plan(work, engine, Settings(int(workspace) or None, gradients))
 
 

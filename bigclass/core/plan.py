@@ -4,6 +4,8 @@ Costs, with 2NCD flops called a pass:
 
     gradients "forward"     3 passes. Whole rows must be known before their gradients, so logits of `chunk` rows x C classes are kept
                             at once; dw (fp32) is re-read once a chunk. Worth it while a chunk holds enough rows for a GEMM to run well.
+    gradients "slabs"       3 passes. Where the loss is a sum over classes of an elementwise term (its row loss is affine in its folds), G
+                            of a tile is made with the tile. Classes are the outer loop, as below, and nothing is made twice.
     gradients "recompute"   4 passes. Logits exist one tile at a time, in the forward and again in the backward; classes are the outer
                             loop, so dw of a slab is finished before the next begins and needs no fp32 copy of the whole.
 
@@ -43,6 +45,10 @@ MIN_CHUNK_ROWS = {"cpu": 128, "other": 1024}
 # at N=2048, C=32000, D=512 on two cores of an EPYC 9004). GPU: full GEMM rate.
 TILE_ELEMENTS = {"cpu": 11 << 18, "other": 1 << 24}
 CPU_ROW_BLOCK = 2048
+
+# The same for "slabs": elementwise losses take several temporaries of a tile (`SLAB_BUFFERS` of them are planned for).
+SLAB_TILE = {"cpu": 1 << 20, "other": 1 << 24}
+SLAB_BUFFERS = 8
 
 # Elements of a slab of G in the fused engine: 4096 classes at 8192 rows, 64 MiB of bf16 (by the traffic of dx; not measured yet).
 SLAB_ELEMENTS = 1 << 25
@@ -116,7 +122,7 @@ def planning(*, workspace: int | None = None, gradients: str | None = None, logi
 class Plan:
     """What will be done. Printing it says why.
 
-    engine: "dense", "tiled" or "fused". gradients: "none", "forward" or "recompute".
+    engine: "dense", "tiled" or "fused". gradients: "none", "forward", "slabs" or "recompute".
     chunk: rows whose logits over all classes are kept at once ("forward" only, else 0).
     row_block x class_block: a tile. workspace: bytes of temporary memory. why: a sentence for each choice.
     """
@@ -130,7 +136,7 @@ class Plan:
     why: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        passes = {"none": 1, "forward": 3, "recompute": 4}[self.gradients]
+        passes = {"none": 1, "forward": 3, "slabs": 3, "recompute": 4}[self.gradients]
         lines = [
             f"engine     {self.engine}",
             f"gradients  {self.gradients} ({passes} pass{'es' if passes > 1 else ''} of 2NCD flops)",
@@ -145,6 +151,7 @@ class Work:
     """What the planner has to know of a problem.
 
     n, c, d: rows, classes, features. scalar: is the loss a sum over rows (so that gradients can be made in the forward)?
+    affine: is it also affine in what its folds are (so that gradients wait for no whole row)?
     grad: are gradients needed? half: are operands of a 16-bit type? wide: are sums in fp64? buffers: tile-sized work buffers.
     device: the device's type. not_fused: why the fused engine cannot take it; None: it can.
     For that engine: narrow: are products of a 16-bit type (not if one operand is wide)? masked: are rows left out? cast: is an operand
@@ -156,6 +163,7 @@ class Work:
     d: int
     device: str = "cpu"
     scalar: bool = True
+    affine: bool = False
     grad: bool = True
     half: bool = False
     wide: bool = False
@@ -189,11 +197,13 @@ def choose_engine(work: Work, engine: str = "auto") -> str:
 
 
 def choose_gradients(work: Work, options: Settings) -> str:
-    """Where gradients are made: "none", "forward" or "recompute"."""
+    """Where gradients are made: "none", "forward", "slabs" or "recompute"."""
     if not work.grad:
         return "none"
     if not work.scalar or options.gradients == "recompute":
         return "recompute"
+    if work.affine:
+        return "slabs"
     if options.gradients == "forward":
         return "forward"
     return "forward" if _chunk_rows(work, options) >= min(work.n, work.of(MIN_CHUNK_ROWS)) else "recompute"
@@ -250,6 +260,8 @@ def make_plan(work: Work, engine: str = "auto", options: Settings | None = None)
         why.append(f"not the fused engine, for {work.not_fused}")
     if name == "fused":
         return _fused_plan(work, gradients, options, why)
+    if gradients == "slabs":
+        return _slab_plan(work, options, why)
     elements = _tile_elements(work, options)
     chunk = 0
     if gradients == "forward":
@@ -296,6 +308,24 @@ def make_plan(work: Work, engine: str = "auto", options: Settings | None = None)
     return Plan(name, gradients, 0, row_block, class_block, tiles + cast, tuple(why))
 
 
+def _slab_plan(work: Work, options: Settings, why: list[str]) -> Plan:
+    """Slabs of classes of the tiled engine, where gradients come with each tile."""
+    n, c = max(work.n, 1), work.c
+    copies = 3  # fp32 copies of a slab of half-precision weights: for the products, the sum of dw, and what a callback is given
+    budget = _workspace(work, options) // (2 * SLAB_BUFFERS * work.item)
+    elements = max(min(work.of(SLAB_TILE), budget), 1)
+    row_block = min(n, CPU_ROW_BLOCK) if work.device == "cpu" else n
+    row_block = max(min(row_block, elements // min(c, 512), _cast_limit(work, options, 1)), 1)
+    row_block = -(-n // -(-n // row_block))
+    class_block = _even(c, min(elements // row_block, _cast_limit(work, options, copies)))
+    why.append("a sum over classes: each tile's gradient is made with the tile, a slab of classes is finished before the next, 3 passes")
+    size = SLAB_BUFFERS * row_block * class_block * work.item
+    if work.half:
+        size += (row_block + copies * class_block) * work.d * work.item + n * work.d * work.item
+        why.append("dw stays fp32 until the upstream gradient arrives (one C x D fp32 buffer)")
+    return Plan("tiled", "slabs", 0, row_block, class_block, size, tuple(why))
+
+
 def _fused_plan(work: Work, gradients: str, options: Settings, why: list[str]) -> Plan:
     """Chunks of rows ("forward") or slabs of classes ("recompute") of the fused engine. Its register tiles: engines/fused/launch.py."""
     n, c, d, item = max(work.n, 1), work.c, work.d, 2 if work.narrow else 4
@@ -315,6 +345,14 @@ def _fused_plan(work: Work, gradients: str, options: Settings, why: list[str]) -
         if work.half:
             why.append("dw stays fp32 until the upstream gradient arrives (one C x D fp32 buffer)")
         return Plan("fused", gradients, chunk, chunk, class_block, size + work.laid_out, tuple(why))
+    if gradients == "slabs":
+        # logits of a slab in fp32 and its G, for all rows
+        class_block = _even(c, max(min(SLAB_ELEMENTS // n, budget // (n * (4 + item) + of_class)), 256))
+        size = n * of_row + class_block * (n * (4 + item) + of_class)
+        why.append("a sum over classes: gradients come with each slab of classes, 3 passes instead of 4")
+        if work.half:
+            why.append("dw stays fp32 until the upstream gradient arrives (one C x D fp32 buffer)")
+        return Plan("fused", gradients, 0, n, class_block, size + work.laid_out, tuple(why))
     if gradients == "none":
         why.append("no gradients wanted: one pass, logits in registers only")
         class_block = _even(c, max(budget // 2 // (item * d), 256))  # of a weight that must be cast
@@ -403,7 +441,7 @@ def _register_tiles(plan: Plan, device: torch.device, dtype: torch.dtype, featur
 
     there = device.type != "cuda" or torch.cuda.is_available()
     architecture = launch.architecture(device) if there else "sm_90"
-    stored = plan.gradients == "forward"  # all its kernels read logits in fp32
+    stored = plan.gradients in ("forward", "slabs")  # all its kernels read logits in fp32
     described = stored or features * dtype.itemsize % 16 == 0
 
     def tile(bent: bool) -> str:

@@ -7,6 +7,8 @@ below keeps the plain Python function and compiles it only when an engine asks.
 
 from __future__ import annotations
 
+import hashlib
+import linecache
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +33,32 @@ class TritonForm:
             self.function.__globals__["tl"] = tl
             self._jit = triton.jit(self.function)
         return self._jit
+
+
+class WrittenForm(TritonForm):
+    """A form whose text is made, of other forms: `def form(...)`, in which these go by their names."""
+
+    def __init__(self, text: str, forms: dict[str, TritonForm]) -> None:
+        self.text, self.forms = text, forms
+        self._jit: Any = None
+
+    @property
+    def jit(self) -> Any:
+        if self._jit is None:
+            import triton
+            import triton.language as tl
+
+            names: dict[str, Any] = {"tl": tl, "__name__": f"{__name__}.written", **{k: f.jit for k, f in self.forms.items()}}
+            define(self.text, names)
+            self._jit = triton.jit(names["form"])
+        return self._jit
+
+
+def define(source: str, names: dict[str, Any]) -> None:
+    """Run source text that defines functions, so that `inspect` (and with it Triton) finds their text again."""
+    file = f"<bigclass {hashlib.sha256(source.encode()).hexdigest()[:16]}>"
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    exec(compile(source, file, "exec"), names)
 
 
 def triton_form(function: Callable[..., Any]) -> TritonForm:

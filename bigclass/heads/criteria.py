@@ -20,18 +20,11 @@ from bigclass.core.op import reduce_logits, stream_loss
 from bigclass.core.row_losses import ROW_LOSSES, register_row_loss
 from bigclass.heads.lazy import LazyLogits
 from bigclass.heads.lazy.base import result_dtype
+from bigclass.losses.classwise import Rows, binary_cross_entropy, check_dense, class_vector, one_vs_all
 from bigclass.losses.cross_entropy import cross_entropy
-from bigclass.losses.elementwise import (
-    binary_cross_entropy,
-    both,
-    check_dense,
-    class_vector,
-    row_factor,
-    sparse_binary_cross_entropy,
-    sum_of_rows,
-)  # fmt: skip
-from bigclass.losses.folds import DenseAsymmetric, DensePoly, TemperedMoment
+from bigclass.losses.folds import DensePoly, TemperedMoment
 from bigclass.losses.inputs import check_index, check_range
+from bigclass.losses.one_vs_all import LOSSES
 from bigclass.losses.targets import SparseTarget
 
 # (criterion, lazy logits, target) -> loss, or NotImplemented where this combination does not stream
@@ -141,8 +134,8 @@ def _binary(criterion: Any, lazy: LazyLogits, target: Any) -> Any:
     if criterion.target_threshold is not None:
         above = target.gt(criterion.target_threshold)
         target = above if isinstance(above, SparseTarget) else above.to(dtype=target.dtype)
-    loss: Any = sparse_binary_cross_entropy if isinstance(target, SparseTarget) else binary_cross_entropy
-    return loss(lazy.stream, lazy.lead, target, reduction=reduction, engine=lazy.engine, **vectors).to(result_dtype(lazy.dtype))
+    loss = binary_cross_entropy(lazy.stream, lazy.lead, target, reduction=reduction, engine=lazy.engine, **vectors)
+    return loss.to(result_dtype(lazy.dtype))
 
 
 def _soft_margin(criterion: Any, lazy: LazyLogits, target: Any) -> Any:
@@ -162,8 +155,7 @@ def _soft_margin(criterion: Any, lazy: LazyLogits, target: Any) -> Any:
 
 def _dense(lazy: LazyLogits, fold: SumFold, reduction: str) -> Tensor:
     """A fold over a dense target, reduced; in float32, as timm's modules compute."""
-    factor = row_factor(*lazy.stream.shape, reduction)
-    return sum_of_rows(lazy.stream, None, (fold,), "fold_sum", (), (), factor=factor, rowwise=False, engine=lazy.engine).float()
+    return Rows.of(lazy.stream, reduction, lazy.engine).reduce(lazy.stream, None, (fold,), "fold_sum")[0].float()
 
 
 def _target_of(criterion: Any, lazy: LazyLogits, target: Any) -> Tensor:
@@ -177,9 +169,11 @@ def _asymmetric_multi(criterion: Any, lazy: LazyLogits, target: Any) -> Any:
     vectors = [class_vector(name, getattr(criterion, name), lazy.stream) for name in ("weight", "pos_weight")]
     if any(v is None and getattr(criterion, n) is not None for v, n in zip(vectors, ("weight", "pos_weight"), strict=True)):
         return NotImplemented
-    numbers = (criterion.gamma_neg, criterion.gamma_pos, criterion.clip or 0.0, criterion.eps, criterion.disable_torch_grad_focal_loss)
-    tensors = (_target_of(criterion, lazy, target), *both(lazy.stream, *vectors))
-    return _dense(lazy, DenseAsymmetric(numbers=tuple(float(v) for v in numbers), tensors=tensors), criterion.reduction)
+    options = (criterion.gamma_neg, criterion.gamma_pos, criterion.clip or 0.0, criterion.eps, criterion.disable_torch_grad_focal_loss)
+    numbers = [float(v) for v in options]
+    rows, given = Rows.of(lazy.stream, criterion.reduction, lazy.engine), _target_of(criterion, lazy, target)
+    loss, _ = one_vs_all(lazy.stream, given, LOSSES["asymmetric"], numbers, rows, weight=vectors[0], pos_weight=vectors[1])
+    return loss.float()
 
 
 def _poly_binary(criterion: Any, lazy: LazyLogits, target: Any) -> Any:

@@ -1,136 +1,250 @@
-"""One-vs-all losses against dense or single-label targets, as sums over classes of an elementwise term.
+r"""One-vs-all losses: sums over classes of an elementwise term, and how to add one.
 
-    loss_i = sum_j term(s_ij, t_ij)                                             t a full (N, C) tensor: a fold reads it tile by tile
-    loss_i = sum_{j not a pick} term(s_ij, floor) + sum_k term(s_ik, t_ik)      few classes a row: no N x C target is made
+    loss_i = sum_j v_j [(1 - t_ij) negative(s_ij) + t_ij p_j positive(s_ij)]          t targets, v `weight`, p `pos_weight`
 
-Sparse positives over millions of labels belong to `MultiLabelHead` and its losses.
+(Between 0 and 1 a loss may have its own form, `mixture`.) Targets are few a row: with P_i the row's positives (t_ik their values, 1
+without) and f a floor that all classes have (smoothing),
+
+    loss_i = sum_{j not in P_i} v_j mixture(s_ij, f, p_j)  +  sum_{j in P_i} v_j mixture(s_ij, t_ij, p_j)
+
+the first a fold that leaves the picks out, the second arithmetic on picks. Dense targets are a fold over an N x C tensor.
+From its two functions each loss gets its folds, for both engines.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bigclass.core.errors import ArgumentError, ArgumentTypeError
-from bigclass.core.folds import Fold
-from bigclass.core.op import reduce_logits, stream_loss
-from bigclass.core.row_losses import ROW_LOSSES, register_row_loss
-from bigclass.core.stream import Stream
-from bigclass.losses.folds import BinaryCrossEntropy, DenseBinaryCrossEntropy, WeightedBinaryCrossEntropy
-from bigclass.losses.inputs import check_range
-from bigclass.losses.targets import SparseTarget
-
-REDUCTIONS = ("none", "mean", "sum", "batchmean")
+from bigclass.core.folds import SumFold, register_fold
+from bigclass.core.guards import autograd_inside_op
+from bigclass.core.row_losses import register_row_loss
+from bigclass.core.triton_form import TritonForm, WrittenForm
 
 
-@register_row_loss("fold_sum")
-def sum_row_loss(folds, picked, args, numbers):
-    """args: (N,) factor of the only fold's only part."""
-    return args[0] * folds[0][0]
+class ElementwiseLoss:
+    r"""A one-vs-all loss: what a class costs where it is a positive, and where it is not. Register with `register_elementwise_loss`.
+
+    `positive` and `negative` take logits of any shape and the options' numbers, in order, and are plain differentiable PyTorch.
+    All else is optional: slopes (else autograd differentiates a tile), Triton forms of the negatives (else a GPU runs the tiled engine).
+
+    Attributes:
+        name: of the loss, for `linear_elementwise_loss(..., loss=name)` and `MultiLabelHead(loss=name)`.
+        options: names and defaults of its constants.
+        vanishes: are negative(-inf) and its slope exactly 0 for every option? Positives are then left out at no cost.
+
+    Example:
+        >>> @bigclass.register_elementwise_loss
+        ... class Exponential(bigclass.ElementwiseLoss):
+        ...     name, options, vanishes = "exponential", {"rate": 1.0}, True
+        ...
+        ...     @staticmethod
+        ...     def positive(s, rate):
+        ...         return torch.exp(-rate * s)
+        ...
+        ...     @staticmethod
+        ...     def negative(s, rate):
+        ...         return torch.exp(rate * s)
+        >>> loss = bigclass.linear_elementwise_loss(x, w, positives, loss="exponential", rate=0.5)
+    """
+
+    name: ClassVar[str] = ""
+    options: ClassVar[Mapping[str, float]] = {}
+    vanishes: ClassVar[bool] = False
+
+    @staticmethod
+    def positive(s: Tensor, *numbers: float) -> Tensor:
+        """What a positive costs at logit s."""
+        raise NotImplementedError
+
+    @staticmethod
+    def negative(s: Tensor, *numbers: float) -> Tensor:
+        """What a negative costs at logit s."""
+        raise NotImplementedError
+
+    @classmethod
+    def negative_with_slope(cls, s: Tensor, *numbers: float) -> tuple[Tensor, Tensor]:
+        """(negative, d negative / ds). Overwrite it where both share work."""
+        return _with_slope(cls.negative, s, *numbers)
+
+    @classmethod
+    def mixture(cls, s: Tensor, t: Any, p: Any, *numbers: float) -> Tensor:
+        """(1 - t) negative(s) + t p positive(s), for t and p that broadcast to s."""
+        return (1.0 - t) * cls.negative(s, *numbers) + (t * p) * cls.positive(s, *numbers)
+
+    @classmethod
+    def mixture_with_slope(cls, s: Tensor, t: Any, p: Any, *numbers: float) -> tuple[Tensor, Tensor]:
+        """(mixture, its derivative by s)."""
+        return _with_slope(lambda s, *numbers: cls.mixture(s, t, p, *numbers), s, *numbers)
+
+    @staticmethod
+    def zero_below(*numbers: float) -> float:
+        """Where s lies below this, negative and its slope are exactly 0, so that work can be skipped. -inf: nowhere."""
+        return -math.inf
+
+    @classmethod
+    def check(cls, **options: float) -> None:
+        """Raise for options that cannot work."""
+
+    # (s, *numbers); the last two, for dense targets and smoothing, (s, t, p, *numbers): made of the first four where they are missing
+    negative_triton: ClassVar[TritonForm | None] = None
+    negative_slope_triton: ClassVar[TritonForm | None] = None
+    positive_triton: ClassVar[TritonForm | None] = None
+    positive_slope_triton: ClassVar[TritonForm | None] = None
+    mixture_triton: ClassVar[TritonForm | None] = None
+    mixture_slope_triton: ClassVar[TritonForm | None] = None
 
 
-@register_row_loss("bce_sparse")
-def bce_sparse_row_loss(folds, picked, args, numbers):
-    """args: (N,) factor, (N, K) which picks there are, (N, K) targets of the picks [, (N, K) w, p at the picks].
-
-    The fold holds the classes that are no picks."""
-    factor, there, t, *vectors = args
-    w, p = vectors or (1.0, 1.0)
-    terms = -w * ((1.0 - t) * F.logsigmoid(-picked) + t * p * F.logsigmoid(picked))
-    return factor * (folds[0][0] + torch.where(there > 0, terms, 0.0).sum(1))
+def _with_slope(function: Callable[..., Tensor], s: Tensor, *numbers: float) -> tuple[Tensor, Tensor]:
+    """(function(s), its elementwise derivative) by autograd."""
+    with autograd_inside_op():
+        leaf = s.detach().requires_grad_()
+        value = function(leaf, *numbers)
+        (slope,) = torch.autograd.grad(value.sum(), leaf)
+    return value.detach(), slope
 
 
-def row_factor(n: int, c: int, reduction: str) -> float:
-    """What a row's sum is multiplied by, so that rows add up to the reduced loss ("none": the rows themselves, summed over classes)."""
-    if reduction not in REDUCTIONS:
-        raise ArgumentError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
-    if reduction not in ("mean", "batchmean"):
-        return 1.0
-    return math.nan if n == 0 else 1.0 / (n * c if reduction == "mean" else n)  # the mean of nothing: torch's answer
+@dataclass(frozen=True)
+class Registered:
+    """A loss and the folds that were made of it, each for no class vectors and for both, (v, p)."""
+
+    loss: type[ElementwiseLoss]
+    negatives: tuple[type[SumFold], type[SumFold]]  # tensors (), (v,)
+    floor: tuple[type[SumFold], type[SumFold]]  # numbers (f, ...); tensors (), (v, p)
+    dense: tuple[type[SumFold], type[SumFold]]  # tensors (t,), (t, v, p)
+    row_loss: str
 
 
-def sum_of_rows(
-    stream: Stream, picks: Tensor | None, folds: Sequence[Fold], row_loss: str, args: Sequence[Tensor], numbers: Sequence[float],
-    *, factor: float, rowwise: bool, engine: str,
-) -> Tensor:  # fmt: skip
-    """The sum over rows of factor times a row loss, or (rowwise) the (N,) losses. args: those after the factor."""
-    n, exact = stream.shape[0], torch.float32 if stream.device.type == "mps" else torch.float64
-    args = [stream.tensors[0].new_full((), factor, dtype=exact).expand(n), *args]
-    if not rowwise:
-        loss = stream_loss(stream, picks, folds, row_loss, args, numbers, engine=engine)
-        return loss + factor if math.isnan(factor) else loss  # a sum over no rows is 0
-    states, picked = reduce_logits(stream, picks, folds, engine=engine)
-    return ROW_LOSSES[row_loss](states, picked, args, numbers).to(stream.accumulate_dtype)
+LOSSES: dict[str, Registered] = {}
+
+AnyLoss = TypeVar("AnyLoss", bound=type[ElementwiseLoss])
 
 
-def check_dense(stream: Stream, lead: Sequence[int], target: Any) -> Tensor:
-    """target (..., C) as (N, C), once it fits."""
-    if not isinstance(target, Tensor):
-        raise ArgumentTypeError(f"target: expected a tensor, got {type(target).__name__}")
-    if tuple(target.shape) != (*lead, stream.shape[1]):
-        raise ArgumentError(f"target: expected the shape of the logits, {(*lead, stream.shape[1])}, got {tuple(target.shape)}")
-    if target.device != stream.device:
-        raise ArgumentError(f"target: expected device {stream.device} (that of the logits), got {target.device}")
-    target = target if target.is_floating_point() else target.to(stream.accumulate_dtype)
-    return target.reshape(-1, stream.shape[1])
+def register_elementwise_loss(cls: AnyLoss) -> AnyLoss:
+    """Make an `ElementwiseLoss` known under its `name`, with its folds for both engines.
+
+    Raises:
+        ValueError: for a name that is taken by another class.
+    """
+    taken = LOSSES.get(cls.name)
+    if taken is not None and taken.loss.__qualname__ != cls.__qualname__:
+        raise ArgumentError(f"{cls.__name__}.name {cls.name!r} is taken by {taken.loss.__qualname__}; choose another name")
+    row_loss = f"one_vs_all_{cls.name}"
+    register_row_loss(row_loss, affine=True)(_row_loss(cls))
+    negatives = _fold(cls, "", ()), _fold(cls, "weighted", ("v",))
+    floor = _fold(cls, "floor", ("f",)), _fold(cls, "floor_weighted", ("v", "p", "f"))
+    dense = _fold(cls, "dense", ("t",)), _fold(cls, "dense_weighted", ("t", "v", "p"))
+    LOSSES[cls.name] = Registered(cls, negatives, floor, dense, row_loss)
+    return cls
 
 
-def class_vector(name: str, v: Tensor | None, stream: Stream) -> Tensor | None:
-    """v as (C,), from (), (1,), (C,) or (1, C); None for one that needs the N x C loss. Raise where it wants a gradient."""
-    if v is None:
+def registered(name: str) -> Registered:
+    """The loss of that name. ValueError where there is none."""
+    if name not in LOSSES:
+        raise ArgumentError(f"loss: expected one of {sorted(LOSSES)} (or register_elementwise_loss your own), got {name!r}")
+    return LOSSES[name]
+
+
+def numbers_of(loss: type[ElementwiseLoss], options: Mapping[str, Any]) -> tuple[float, ...]:
+    """The constants, defaults filled in, once they are known to be right."""
+    unknown = [name for name in options if name not in loss.options]
+    if unknown:
+        raise TypeError(f"{loss.name}: unexpected option {unknown[0]!r}; known: {', '.join(loss.options) or 'none'}")
+    made: dict[str, float] = {}
+    for name, default in loss.options.items():
+        value = options.get(name, default)
+        if not isinstance(value, int | float) or math.isnan(value):
+            raise ArgumentTypeError(f"{name}: expected a number, got {value!r}")
+        made[name] = float(value)
+    loss.check(**made)
+    return tuple(made.values())
+
+
+def _fold(cls: type[ElementwiseLoss], suffix: str, reads: tuple[str, ...]) -> type[SumFold]:
+    """The fold of a loss that reads, beside s and the options: v, p class vectors, t an N x C target, f (a number) that of all classes."""
+    axes = tuple(["grid" if r == "t" else "folded" for r in reads if r != "f"])
+    mixed = "t" in reads or "f" in reads
+
+    def split(numbers: Sequence[float], tensors: Sequence[Tensor]) -> tuple[Any, Any, Any, Sequence[float]]:
+        """(t, v, p, options)"""
+        given = dict(zip([r for r in reads if r != "f"], tensors, strict=True))
+        t, numbers = (numbers[0], numbers[1:]) if "f" in reads else (given.get("t"), numbers)
+        return t, given.get("v"), given.get("p", 1.0), numbers
+
+    def both(s: Tensor, numbers: Sequence[float], tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        t, v, p, options = split(numbers, tensors)
+        value, slope = cls.mixture_with_slope(s, t, p, *options) if mixed else cls.negative_with_slope(s, *options)
+        return (value, slope) if v is None else (value * v, slope * v)
+
+    class Made(SumFold):
+        name: ClassVar[str] = f"{cls.name}_{suffix}" if suffix else cls.name
+        tensor_axes: ClassVar[tuple[str, ...]] = axes
+        vanishes: ClassVar[bool] = cls.vanishes and not mixed
+
+        @property
+        def zero_below(self) -> float:
+            return -math.inf if mixed else cls.zero_below(*self.numbers)
+
+        @staticmethod
+        def term(s, numbers, tensors):
+            t, v, p, options = split(numbers, tensors)
+            value = cls.mixture(s, t, p, *options) if mixed else cls.negative(s, *options)
+            return value if v is None else value * v
+
+        @staticmethod
+        def slope(s, numbers, tensors):
+            return both(s, numbers, tensors)[1]
+
+        @classmethod
+        def term_and_slope(cls, s, numbers, tensors):
+            return both(s, numbers, tensors)
+
+        term_triton = _form(cls, reads, "")
+        slope_triton = _form(cls, reads, "_slope")
+
+    Made.__name__ = f"{cls.__name__}Fold"
+    Made.__qualname__ = f"{cls.__qualname__}.{Made.name}"
+    Made.__doc__ = f"sum_j v_j {'mixture(s_j, t, p)' if mixed else 'negative(s_j)'} of {cls.__name__}."
+    return register_fold(dataclass(frozen=True, eq=False)(Made))
+
+
+def _form(cls: type[ElementwiseLoss], reads: tuple[str, ...], kind: str) -> TritonForm | None:
+    """The Triton form of a fold's term (kind "") or slope ("_slope"), made of the loss's; None where these are missing."""
+    options = "".join([f", n{i}" for i in range(len(cls.options))])
+    negative, positive = getattr(cls, f"negative{kind}_triton"), getattr(cls, f"positive{kind}_triton")
+    mixture = getattr(cls, f"mixture{kind}_triton")
+    forms: dict[str, TritonForm | None] = {"negative": negative}
+    value = f"negative(s{options})"
+    if "t" in reads or "f" in reads:
+        t, p = "t" if "t" in reads else "f", "p" if "p" in reads else "1.0"
+        if mixture is not None:
+            forms, value = {"mixture": mixture}, f"mixture(s, {t}, {p}{options})"
+        else:
+            forms["positive"] = positive
+            value = f"((1.0 - {t}) * negative(s{options}) + {t} * {p} * positive(s{options}))"
+    there = {name: form for name, form in forms.items() if form is not None}
+    if len(there) < len(forms):
         return None
-    if v.requires_grad:
-        raise ArgumentError(f"{name}: class weights are constants and get no gradient; pass {name}.detach()")
-    c = stream.shape[1]
-    if v.numel() == 1:
-        return v.reshape(1).to(stream.accumulate_dtype).expand(c)
-    return v.reshape(c).to(stream.accumulate_dtype) if tuple(v.shape) in ((c,), (1, c)) else None
+    arguments = "".join([f", {r}" for r in reads])
+    return WrittenForm(f"def form(s{arguments}{options}):\n    return {value}{' * v' if 'v' in reads else ''}\n", there)
 
 
-def binary_cross_entropy(
-    stream: Stream, lead: Sequence[int], target: Tensor, *, weight: Tensor | None = None, pos_weight: Tensor | None = None,
-    reduction: str = "mean", engine: str = "auto",
-) -> Tensor:  # fmt: skip
-    """F.binary_cross_entropy_with_logits against target (..., C); weight, pos_weight (C,). "none": summed over classes, (...)."""
-    t = check_dense(stream, lead, target)
-    fold = DenseBinaryCrossEntropy(tensors=(t, *both(stream, weight, pos_weight)))
-    factor = row_factor(*stream.shape, reduction)
-    loss = sum_of_rows(stream, None, (fold,), "fold_sum", (), (), factor=factor, rowwise=reduction == "none", engine=engine)
-    return loss.reshape(tuple(lead)) if reduction == "none" else loss
+def _row_loss(cls: type[ElementwiseLoss]) -> Callable[..., Tensor]:
+    def row_loss(folds, picked, args, numbers):
+        """args: (N,) factor [, (N, K) which picks there are [, their targets] [, v and p there]]. The fold holds all other classes."""
+        factor, *at_picks = args
+        if not at_picks:
+            return factor * folds[0][0]
+        there, *given = at_picks
+        v, p = given[-2:] if len(given) > 1 else (1.0, 1.0)
+        terms = v * (cls.mixture(picked, given[0], p, *numbers) if len(given) % 2 else p * cls.positive(picked, *numbers))
+        return factor * (folds[0][0] + torch.where(there > 0, terms, 0.0).sum(1))
 
-
-def both(stream: Stream, weight: Tensor | None, pos_weight: Tensor | None) -> tuple[Tensor, ...]:
-    """(weight, pos_weight) as class vectors, with ones for the one that is missing; nothing if both are."""
-    if weight is None and pos_weight is None:
-        return ()
-    ones = stream.tensors[0].new_ones((1,), dtype=stream.accumulate_dtype).expand(stream.shape[1])
-    return (ones if weight is None else weight, ones if pos_weight is None else pos_weight)
-
-
-def sparse_binary_cross_entropy(
-    stream: Stream, lead: Sequence[int], target: SparseTarget, *, weight: Tensor | None = None, pos_weight: Tensor | None = None,
-    reduction: str = "mean", engine: str = "auto",
-) -> Tensor:  # fmt: skip
-    """`binary_cross_entropy` against a `SparseTarget` (..., C), without the N x C target."""
-    c = stream.shape[1]
-    if tuple(target.shape) != (*lead, c):
-        raise ArgumentError(f"target: expected the shape of the logits, {(*lead, c)}, got {tuple(target.shape)}")
-    if target.device != stream.device:
-        raise ArgumentError(f"target: expected device {stream.device} (that of the logits), got {target.device}")
-    picks, weights = target.merged()
-    there = picks >= 0
-    check_range("target", picks, picks != -1, c)
-    picks = torch.where(picks < -1, c, picks)  # so that the op's own check sees it
-    vectors = both(stream, weight, pos_weight)
-    kind = WeightedBinaryCrossEntropy if vectors else BinaryCrossEntropy
-    fold = kind(numbers=(target.floor,), tensors=vectors, exclude_picks=True)
-    wide = stream.accumulate_dtype
-    args = [there.to(wide), weights.to(wide) + target.floor, *[v[picks.clamp(0, c - 1)] for v in vectors]]
-    factor, rowwise = row_factor(*stream.shape, reduction), reduction == "none"
-    loss = sum_of_rows(stream, picks, (fold,), "bce_sparse", args, (), factor=factor, rowwise=rowwise, engine=engine)
-    return loss.reshape(tuple(lead)) if rowwise else loss
+    row_loss.__qualname__ = f"{cls.__qualname__}.row_loss"
+    return row_loss

@@ -282,7 +282,7 @@ def test_the_custom_ops_pass_opcheck(keep):
     torch.library.opcheck(op._reduce, (tensors, picks, keep, recipe, numbers, f"tiled,recompute,{1 << 20}", needs))
     recipe, numbers, tensors = pack(stream, (LogSumExp(exclude_picks=True),))
     args = [torch.rand(9, dtype=torch.float64)]
-    plan = f"tiled,forward,{1 << 20}"
+    plan = f"tiled,forward,{1 << 20},0"
     torch.library.opcheck(
         op._stream_loss, (tensors, picks, keep, args, recipe, numbers, "cross_entropy", [0.0, 0.0, 0.0, 0.0, 0.0], plan, [*needs, False]),
         # the backward consumes the forward's gradients in place, which the comparison of traced with eager runs allows

@@ -15,15 +15,9 @@ from bigclass.core import Stream, reduce_logits, stream_loss
 from bigclass.core.folds import FOLDS, LogSumExp
 from bigclass.core.row_losses import ROW_LOSSES
 from bigclass.heads import criteria  # noqa: F401  (its row loss)
-from bigclass.losses.folds import (
-    BinaryCrossEntropy,
-    DenseAsymmetric,
-    DenseBinaryCrossEntropy,
-    DensePoly,
-    TemperedMoment,
-    WeightedBinaryCrossEntropy,
-    WeightedExp,
-)
+from bigclass.losses.classwise import binary_cross_entropy
+from bigclass.losses.folds import DensePoly, TemperedMoment, WeightedExp
+from bigclass.losses.one_vs_all import LOSSES
 from tests.support import ROADS, error
 
 every_road = pytest.mark.parametrize("road", ROADS, ids="-".join)
@@ -34,16 +28,15 @@ def bce(s, t, w=1.0, p=1.0):
 
 
 def asymmetric(s, t, gamma_neg, gamma_pos, clip, eps, constant, p=1.0):
-    """timm's AsymmetricLossMultiLabel, line by line."""
-    xs_pos = torch.sigmoid(s)
-    xs_neg = 1 - xs_pos
+    """timm's AsymmetricLossMultiLabel, line by line, but that no probability is taken from 1."""
+    xs_pos, xs_neg = torch.sigmoid(s), torch.sigmoid(-s)
     if clip > 0:
         xs_neg = (xs_neg + clip).clamp(max=1)
     loss = t * torch.log(xs_pos.clamp(min=eps)) * p + (1 - t) * torch.log(xs_neg.clamp(min=eps))
     if gamma_neg > 0 or gamma_pos > 0:
         with torch.set_grad_enabled(not constant):
-            pt = xs_pos * t + xs_neg * (1 - t)
-            weight = torch.pow(1 - pt, gamma_pos * t + gamma_neg * (1 - t))
+            missing = torch.sigmoid(-s) * t + (xs_pos - clip).clamp(min=0) * (1 - t)
+            weight = torch.pow(missing, gamma_pos * t + gamma_neg * (1 - t))
         loss = loss * weight
     return -loss
 
@@ -60,20 +53,23 @@ def poly(s, t, epsilon, gamma, alpha):
     return ce if alpha < 0 else ce * (t * alpha + (1 - t) * (1 - alpha))
 
 
+BCE, ASL = LOSSES["bce"], LOSSES["asymmetric"]
+
 # name: (fold, numbers, tensors from (n, c), term(s, numbers, tensors) (N, C))
 SUMS = {
-    "bce": (BinaryCrossEntropy, (0.3,), lambda n, c: (), lambda s, a, t: bce(s, a[0])),
-    "bce to 0": (BinaryCrossEntropy, (0.0,), lambda n, c: (), lambda s, a, t: bce(s, 0.0)),
-    "bce to 1": (BinaryCrossEntropy, (1.0,), lambda n, c: (), lambda s, a, t: bce(s, 1.0)),
-    "weighted": (WeightedBinaryCrossEntropy, (0.2,), lambda n, c: (v(c), v(c)), lambda s, a, t: bce(s, a[0], *t)),
-    "dense": (DenseBinaryCrossEntropy, (), lambda n, c: (v(n, c),), lambda s, a, t: bce(s, t[0])),
-    "dense, weighted": (DenseBinaryCrossEntropy, (), lambda n, c: (v(n, c), v(c), v(c)), lambda s, a, t: bce(s, *t)),
-    "asymmetric": (DenseAsymmetric, (4.0, 1.0, 0.05, 1e-8, 0.0), lambda n, c: (hard(n, c),), lambda s, a, t: asymmetric(s, t[0], *a)),
+    "bce": (BCE.negatives[0], (), lambda n, c: (), lambda s, a, t: bce(s, 0.0)),
+    "bce, weighted": (BCE.negatives[1], (), lambda n, c: (v(c),), lambda s, a, t: bce(s, 0.0, t[0])),
+    "bce to 0.3": (BCE.floor[0], (0.3,), lambda n, c: (), lambda s, a, t: bce(s, a[0])),
+    "bce to 1": (BCE.floor[0], (1.0,), lambda n, c: (), lambda s, a, t: bce(s, 1.0)),
+    "bce to 0.2, weighted": (BCE.floor[1], (0.2,), lambda n, c: (v(c), v(c)), lambda s, a, t: bce(s, a[0], *t)),
+    "dense": (BCE.dense[0], (), lambda n, c: (v(n, c),), lambda s, a, t: bce(s, t[0])),
+    "dense, weighted": (BCE.dense[1], (), lambda n, c: (v(n, c), v(c), v(c)), lambda s, a, t: bce(s, *t)),
+    "asymmetric": (ASL.dense[0], (4.0, 1.0, 0.05, 1e-8, 0.0), lambda n, c: (hard(n, c),), lambda s, a, t: asymmetric(s, t[0], *a)),
     "asymmetric, constant focus": (
-        DenseAsymmetric, (4.0, 1.0, 0.0, 1e-8, 1.0), lambda n, c: (v(n, c),), lambda s, a, t: asymmetric(s, t[0], *a),
+        ASL.dense[0], (4.0, 1.0, 0.0, 1e-8, 1.0), lambda n, c: (v(n, c),), lambda s, a, t: asymmetric(s, t[0], *a),
     ),
     "asymmetric, weighted": (
-        DenseAsymmetric, (2.0, 0.0, 0.05, 1e-8, 0.0), lambda n, c: (hard(n, c), v(c), v(c)),
+        ASL.dense[1], (2.0, 0.0, 0.05, 1e-8, 0.0), lambda n, c: (hard(n, c), v(c), v(c)),
         lambda s, a, t: asymmetric(s, t[0], *a, p=t[2]) * t[1],
     ),
     "poly": (DensePoly, (1.0, 0.0, -1.0), lambda n, c: (v(n, c),), lambda s, a, t: poly(s, t[0], *a)),
@@ -207,15 +203,13 @@ def test_the_single_label_asymmetric_row_loss_is_timms(road, gammas):
 @settings(max_examples=15)
 @given(n=st.integers(1, 9), c=st.sampled_from([3, 60, 9000]), k=st.integers(1, 4), seed=st.integers(0, 99))
 def test_binary_cross_entropy_of_few_classes(road, weighted, floor, n, c, k, seed):
-    from bigclass.losses.elementwise import binary_cross_entropy, sparse_binary_cross_entropy
-
     engine, gradients = road
     x, w, _ = problem(n, c, 1.0, seed)
     t = bigclass.SparseTarget(torch.randint(-1, c, (n, k)), v(n, k) / k, c, floor)
     vectors = {"weight": v(c), "pos_weight": v(c)} if weighted else {}
     with bigclass.planning(gradients=gradients, workspace=1 << 20):
         for reduction in ("mean", "sum", "none", "batchmean"):
-            mine = sparse_binary_cross_entropy(Stream(((x, w),)), (n,), t, reduction=reduction, engine=engine, **vectors)
+            mine = binary_cross_entropy(Stream(((x, w),)), (n,), t, reduction=reduction, engine=engine, **vectors)
             dense = binary_cross_entropy(Stream(((x, w),)), (n,), t.dense(), reduction=reduction, engine=engine, **vectors)
             terms = bce(x @ w.t(), t.dense(), *vectors.values()).sum(1)
             exact = {"none": terms, "sum": terms.sum(), "batchmean": terms.mean(), "mean": terms.mean() / c}[reduction]

@@ -1,10 +1,11 @@
 """Engines: the ways to run the one op.
 
-dense.py materialises the logits under plain autograd. An engine that streams is a module with three functions,
+dense.py materialises the logits under plain autograd. An engine that streams is a module with four functions,
 
     reduce(stream, picks, keep, folds, plan)                                      -> states, picked
     reduce_backward(stream, picks, keep, folds, plan, states, grads, h, needs)    -> gradients
     stream_loss(stream, picks, keep, folds, row_loss, args, plan, needs)          -> loss, gradients
+    slab_loss(stream, picks, keep, folds, observed, row_loss, args, plan, needs)  -> loss, states of the observed, gradients
 
 and is found here by name, imported when first used (so that Triton is, too).
 """

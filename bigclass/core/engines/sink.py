@@ -98,11 +98,14 @@ class Sink:
 
     def add(
         self, g: Tensor, values: list[Tensor] | None, xs: list[Tensor], ws: list[Tensor], sums: list[Tensor | None], r: Span, c: Span,
-        *, first_rows: bool, first_classes: bool,
+        *, first_rows: bool, first_classes: bool, live: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Take one tile's dL/ds (which is used up). first_rows, first_classes: are the sums of dw, of dx still empty?
 
-        values: the logits along the maps; None: g is dL/dz already, in the operands' type (and then boosted)."""
+        values: the logits along the maps; None: g is dL/dz already, in the operands' type (and then boosted).
+        live: the columns of the slab that g has (its others are 0); None: all."""
+        if live is not None:
+            return self._add_some(g, values or [], xs, ws, sums, r, c, live, first_rows, first_classes)
         maker, st = self.maker, self.maker.stream
         if values is not None:
             g = self._through_maps(g, values)
@@ -123,6 +126,42 @@ class Sink:
             if total is not None:
                 at = r.start - self._span.start
                 product(self._operand(g, w), w, total[at : at + r.size], beta=float(not first_classes), alpha=1.0 / self.boost)
+
+    def _add_some(
+        self, g: Tensor, values: list[Tensor], xs: list[Tensor], ws: list[Tensor], sums: list[Tensor | None], r: Span, c: Span,
+        live: Tensor, first_rows: bool, first_classes: bool,
+    ) -> None:  # fmt: skip
+        """`add` for a tile of which only the classes `live` are not zero: products of that many columns."""
+        maker, st = self.maker, self.maker.stream
+        if live.numel():
+            g = self._through_maps(g, values)
+        if self.db is not None:
+            self.db[c.start : c.stop].index_add_(0, live, g.sum(0, dtype=self.db.dtype))
+        if st.given is not None and (self.dscale is not None or self.dgiven is not None):
+            whole = g.new_zeros((r.size, c.size)).index_copy_(1, live, g)
+            if self.dscale is not None:
+                self.dscale.add_((whole * self.rows.take(st.given[:, c.start : c.stop], r)).sum())
+            if self.dgiven is not None:
+                self.rows.put(self.dgiven[:, c.start : c.stop], r, whole.mul_(maker.alpha).to(self.dgiven.dtype))
+        for x, total in zip(xs, sums, strict=True):
+            if total is None:
+                continue
+            if first_rows:
+                total.zero_()
+            if live.numel():
+                part = maker.pool.get("live dw", live.numel(), x.shape[1])
+                total.index_add_(0, live, product(g.t(), x, part, alpha=maker.alpha))
+        if st.class_scale is not None and any(t is not None for t in self._dx_sum):
+            g.mul_(st.class_scale[c.start : c.stop][live].to(maker.dtype))
+        for p, (w, total) in enumerate(zip(ws, self._dx_sum, strict=True)):
+            if total is None:
+                continue
+            at = total[r.start - self._span.start : r.stop - self._span.start]
+            if first_classes:
+                at.zero_()
+            if live.numel():
+                rows = torch.index_select(w, 0, live, out=maker.pool.get(f"live w {p}", live.numel(), w.shape[1]))
+                product(g, rows, at, beta=1.0)
 
     def _through_maps(self, g: Tensor, values: list[Tensor]) -> Tensor:
         """dL/dz from dL/ds, with the maps' own gradients taken on the way."""

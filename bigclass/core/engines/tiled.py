@@ -4,6 +4,7 @@
     reduce_backward  the same tiles again, with the folds known: G in the tile's place;
                      dw of a slab = G^T x, summed over its blocks of rows before the next slab begins;
                      dx += G w                                                                                3 passes
+    slab_loss        (slabs.py) for sums over classes: G with each tile, a slab of classes after the other               3 passes in all
     stream_loss      for each chunk of rows: all its tiles, kept; row_loss and its derivatives on the chunk's
                      statistics; G in place of the tiles; dw += G^T x, dx = G w                               3 passes in all
 
@@ -20,10 +21,13 @@ import torch
 from torch import Tensor
 
 from bigclass.core.engines.sink import Sink
+from bigclass.core.engines.slabs import slab_loss
 from bigclass.core.engines.tiles import Rows, Span, TileMaker, Upstream, add_picks, logit_gradient, spans
 from bigclass.core.folds import Fold, State
 from bigclass.core.plan import Plan
 from bigclass.core.stream import Stream
+
+__all__ = ["reduce", "reduce_backward", "slab_loss", "stream_loss"]
 
 _SPARE = 16  # elements between kept tiles: the first takes the picks that lie elsewhere, the rest keeps alignment
 

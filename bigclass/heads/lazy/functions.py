@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,7 @@ from bigclass.core.errors import ArgumentError
 from bigclass.heads.lazy.base import functions_of, result_dtype
 from bigclass.heads.lazy.logits import LazyLogits
 from bigclass.heads.lazy.terms import LazyBinaryCrossEntropy
-from bigclass.losses.elementwise import binary_cross_entropy, class_vector, sparse_binary_cross_entropy
+from bigclass.losses.classwise import binary_cross_entropy, class_vector
 from bigclass.losses.inputs import in_autocast
 from bigclass.losses.targets import SparseTarget
 
@@ -36,8 +35,7 @@ def _binary_cross_entropy(input, target, weight=None, size_average=None, reduce=
         input = input.float()  # as autocast has it for this function
     if reduction == "none":
         return LazyBinaryCrossEntropy(input, target, weight=vectors[0], pos_weight=vectors[1])
-    streamed: Any = sparse_binary_cross_entropy if isinstance(target, SparseTarget) else binary_cross_entropy
-    loss: Tensor = streamed(
+    loss = binary_cross_entropy(
         input.stream, input.lead, target, weight=vectors[0], pos_weight=vectors[1], reduction=reduction, engine=input.engine
     )
     return loss.to(result_dtype(input.dtype))

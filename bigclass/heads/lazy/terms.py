@@ -23,8 +23,8 @@ from bigclass.core.op import reduce_logits
 from bigclass.heads.lazy.base import Lazy, dense_call, functions_of, result_dtype
 from bigclass.heads.lazy.logits import LazyLogits
 from bigclass.heads.lazy.shapes import from_start
+from bigclass.losses.classwise import binary_cross_entropy
 from bigclass.losses.cross_entropy import cross_entropy
-from bigclass.losses.elementwise import binary_cross_entropy, sparse_binary_cross_entropy
 from bigclass.losses.inputs import checked_picks
 from bigclass.losses.targets import SparseTarget
 
@@ -217,8 +217,7 @@ class LazyBinaryCrossEntropy(_Terms):
     def row_sums(self) -> Tensor:
         lazy = self.lazy
         lazy.check()
-        streamed: Any = sparse_binary_cross_entropy if isinstance(self.target, SparseTarget) else binary_cross_entropy
-        return streamed(
+        return binary_cross_entropy(
             lazy.stream, lazy.lead, self.target, weight=self.weight, pos_weight=self.pos_weight, reduction="none", engine=lazy.engine
         )
 

@@ -5,6 +5,7 @@
                      dx += G w are library products                                                                      3 passes
     stream_loss      for each chunk of rows: logits by library products, kept in fp32; the fold kernel reads them; row_loss on the
                      chunk's statistics; the gradient kernel turns a slab of them into G; dw += G^T x, dx += G w         3 passes
+    slab_loss        the same for sums over classes, a slab of classes of all rows at a time: nothing waits for whole rows
 
 Memory: reduce: 4 bytes x states x N x splits. reduce_backward: a slab of G, and dx in fp32 (N x D) for half types. stream_loss: a chunk of
 logits, a slab of G and, for half types, dw in fp32. One program writes each G and each sum is made in one order: same bits every run.
@@ -164,7 +165,7 @@ class Problem:
         pointers, numbers_of, constants, filler = self._shared(config)
         tensors, numbers = self._parameters()
         if self.k > 0 and not read:
-            self._read_picks(made, picked)
+            self.read_picks(made, picked)
         launch.start(
             kernels.fold,
             bands * splits,
@@ -240,7 +241,7 @@ class Problem:
             launch.ROWS,
         )  # fmt: skip
 
-    def _read_picks(self, made: compose.Composition, picked: Tensor | None) -> None:
+    def read_picks(self, made: compose.Composition, picked: Tensor | None) -> None:
         pointers, numbers_of, constants, filler = self._shared(launch.ROWS)
         tensors, numbers = self._parameters()
         launch.start(
@@ -365,6 +366,51 @@ def stream_loss(
     return loss.to(maker.dtype), sink.finish() + [d for d in dargs if d is not None]
 
 
+def slab_loss(
+    stream: Stream, picks: Tensor | None, keep: Tensor | None, folds: Sequence[Fold], observed: Sequence[Fold],
+    row_loss: Callable[..., tuple[Tensor, list[list[Tensor | None]], Tensor | None, list[Tensor]]],
+    args: Sequence[Tensor], plan: Plan, needs: Sequence[bool],
+) -> tuple[Tensor, list[State], list[Tensor]]:  # fmt: skip
+    """The sum of the row losses, the states of the observed folds, and the gradients. As the tiled engine's (slabs.py)."""
+    source = _Source(stream, picks, (*folds, *observed), keep)
+    maker, n = source.maker, stream.shape[0]
+    tensors = len(stream.tensors) + sum(len(f.tensors) for f in folds)
+    sink = Sink(maker, folds, needs[:tensors], keep_wide=True, whole=False)
+    like = maker.pool.get("empty", 0, 0)
+    everything = Span(0, n)
+    states = [f.identity(n, like) for f in (*folds, *observed)]
+    own, mask, chosen, picked = list(args), maker.rows.mask(everything), source.picks, None
+    if n and chosen is not None:
+        picked = chosen.back(source.read_picks(everything, plan))
+    elif picks is not None:
+        picked = like.new_zeros(picks.shape)
+    _, grads, h, _ = row_loss(states[: len(folds)], picked, own, mask)
+    up = _Up.of(source, (*folds, *observed), states, [*grads, *[[None] * len(f.differentiable) for f in observed]], h, everything)
+    sink.open_rows(everything)
+    xs = maker.features(everything)
+    scratch = like.new_zeros((n, 0 if chosen is None else picks_shape(chosen)[1]))
+    for c in spans(maker.c, plan.class_block) if n else []:
+        ws, sums = maker.slab(c), sink.open_slab(c)
+        stored = maker.pool.get("kept", n, c.size)
+        for p, (x, w) in enumerate(zip(xs, ws, strict=True)):
+            product(x, w.t(), stored, beta=float(p > 0))
+        found = source.cut(everything, c, stored).fold(scratch)
+        for f, state, new in zip((*folds, *observed), states, found, strict=True):
+            for old, part in zip(state, f.merge(state, tuple([t.unsqueeze(-1) for t in new])), strict=True):
+                old.copy_(part)
+        g = source.gradient(everything, c, [], up, stored, sink.boost, whole=False)
+        sink.add(g, None, xs, ws, sums, everything, c, first_rows=True, first_classes=c.start == 0)
+        sink.close_slab(c, sums)
+    if n == 0:
+        sink.no_rows()
+    else:
+        sink.close_rows()
+    if mask is not None:
+        states = [tuple([torch.where(mask.unsqueeze(-1), t, 0.0) for t in state]) for state in states]
+    loss = row_loss(states[: len(folds)], picked, own, mask)[0]
+    return loss.to(maker.dtype), states[len(folds) :], sink.finish()
+
+
 @dataclass(frozen=True)
 class _Up:
     """What reached the op's outputs at some rows, as flat vectors. h: (r, K) in the picks' order. keep: (r,) uint8 or None."""
@@ -415,6 +461,21 @@ class _Source:
         """The kernels' operands as those of the library's products: the same tensors, but wider where it has no products into fp32."""
         return [t.to(dtype) for t, dtype in zip(operands, self.maker.operand_dtypes, strict=True)]
 
+    def read_picks(self, r: Span, plan: Plan) -> Tensor:
+        """The picked logits (r, K), in the picks' order, by row dots."""
+        out = self.maker.pool.get("empty", 0, 0).new_zeros((r.size, picks_shape(self.picks)[1])) if self.picks else None
+        made = compose.composition(self.stream.maps, [])
+        xs = self.features(r)
+        cast = any(w.dtype != dtype or w.stride(1) != 1 for (_, w), dtype in zip(self.stream.pairs, self.dtypes, strict=True))
+        for c in spans(self.c, plan.class_block) if cast else [Span(0, self.c)]:
+            self.problem(r, c, list(zip(xs, self.weights(c), strict=True)), None).read_picks(made, out)
+        assert out is not None
+        return out
+
+    def cut(self, r: Span, c: Span, stored: Tensor) -> Problem:
+        """Rows r and classes c of it, whose products are `stored` (r, c)."""
+        return self.whole.cut(r, c, (), stored)
+
     def problem(self, r: Span, c: Span, pairs: Sequence[tuple[Tensor, Tensor]], stored: Tensor | None) -> Problem:
         """Rows r and classes c of it. stored: the products of those rows with all classes."""
         return self.whole.cut(r, c, tuple(pairs), None if stored is None else stored[:, c.start : c.stop])
@@ -441,8 +502,10 @@ class _Source:
             for i, f in enumerate(self.folds)
         ]
 
-    def gradient(self, r: Span, c: Span, pairs: Sequence[tuple[Tensor, Tensor]], up: _Up, stored: Tensor | None, boost: float) -> Tensor:
-        """G of rows r and classes c, in the type of the products."""
+    def gradient(
+        self, r: Span, c: Span, pairs: Sequence[tuple[Tensor, Tensor]], up: _Up, stored: Tensor | None, boost: float, whole: bool = True
+    ) -> Tensor:
+        """G of rows r and classes c, in the type of the products. whole: are `stored` of all classes, or of c?"""
         dtype = self.dtypes[0] if self.dtypes else torch.float32
         out = self._slab(r.size, c.size, dtype)
         states = [s if f.axis == "rows" else tuple([t[c.start : c.stop] for t in s]) for f, s in zip(self.folds, up.states, strict=True)]
@@ -450,7 +513,8 @@ class _Source:
             parts if f.axis == "rows" else [None if t is None else t[c.start : c.stop] for t in parts]
             for f, parts in zip(self.folds, up.grads, strict=True)
         ]
-        self.problem(r, c, pairs, stored).gradient(states, grads, up.h, up.keep, out, boost)
+        problem = self.problem(r, c, pairs, stored) if whole or stored is None else self.cut(r, c, stored)
+        problem.gradient(states, grads, up.h, up.keep, out, boost)
         return out
 
     def _slab(self, rows: int, cols: int, dtype: torch.dtype) -> Tensor:

@@ -19,8 +19,6 @@ tensors, numbers: everything the forms read, maps first (`Problem._parameters`);
 
 from __future__ import annotations
 
-import hashlib
-import linecache
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -33,6 +31,7 @@ import triton.language as tl
 from bigclass.core.engines.fused import kernels
 from bigclass.core.folds import Fold, SumFold
 from bigclass.core.stream import Map
+from bigclass.core.triton_form import define
 
 _ARGUMENTS = "s, sx, live, livex, row0, class0, rows, cols, N, C, tensors, numbers, MASKED, PICKS"
 
@@ -108,10 +107,7 @@ def _composition(maps: tuple[tuple[type[Map], int, int], ...], folds: tuple[Part
         + text.store("store_columns", columns)
         + text.gradient()
     )
-    source = "\n".join(lines) + "\n"
-    file = f"<bigclass epilogue {hashlib.sha256(source.encode()).hexdigest()[:16]}>"
-    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)  # where inspect finds it
-    exec(compile(source, file, "exec"), names)
+    define("\n".join(lines) + "\n", names)
     made: dict[str, Any] = {}
     for name in Composition.__dataclass_fields__:
         made[name] = names[name] = triton.jit(names[name])  # in `names` too: gradient calls map_back

@@ -1,0 +1,143 @@
+"""One-vs-all losses of a stream: targets to picks, class vectors, reductions. Public functions: multilabel.py."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigclass.core.errors import ArgumentError, ArgumentTypeError
+from bigclass.core.folds import Fold, State
+from bigclass.core.op import observed_loss, reduce_logits
+from bigclass.core.row_losses import ROW_LOSSES, register_row_loss
+from bigclass.core.stream import Stream
+from bigclass.losses.elementwise import Registered
+from bigclass.losses.inputs import check_range
+from bigclass.losses.one_vs_all import LOSSES
+from bigclass.losses.positives import Positives
+from bigclass.losses.targets import SparseTarget
+
+REDUCTIONS = ("none", "mean", "sum", "batchmean")
+
+
+@register_row_loss("fold_sum", affine=True)
+def sum_row_loss(folds, picked, args, numbers):
+    """args: (N,) factor of the only fold's only part."""
+    return args[0] * folds[0][0]
+
+
+def row_factor(n: int, c: int, reduction: str) -> float:
+    """What a row's sum is multiplied by, so that rows add up to the reduced loss ("none": the rows themselves, summed over classes)."""
+    if reduction not in REDUCTIONS:
+        raise ArgumentError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
+    if reduction not in ("mean", "batchmean"):
+        return 1.0
+    return math.nan if n == 0 else 1.0 / (n * c if reduction == "mean" else n)  # the mean of nothing: torch's answer
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What becomes of the rows' losses. factor: of each. rowwise: are they returned, or their sum? engine: as asked for.
+    observed: folds that are shown the same tiles."""
+
+    factor: float = 1.0
+    rowwise: bool = False
+    engine: str = "auto"
+    observed: tuple[Fold, ...] = ()
+
+    @classmethod
+    def of(cls, stream: Stream, reduction: str, engine: str, observed: tuple[Fold, ...] = ()) -> Rows:
+        return cls(row_factor(*stream.shape, reduction), reduction == "none", engine, observed)
+
+    def reduce(
+        self, stream: Stream, picks: Tensor | None, folds: Sequence[Fold], row_loss: str, args: Sequence[Tensor] = (),
+        numbers: Sequence[float] = (),
+    ) -> tuple[Tensor, list[State]]:  # fmt: skip
+        """The sum over rows of factor times a row loss, or the (N,) losses; the observed states. args: those after the factor."""
+        n, exact = stream.shape[0], torch.float32 if stream.device.type == "mps" else torch.float64
+        args = [stream.tensors[0].new_full((), self.factor, dtype=exact).expand(n), *args]
+        if not self.rowwise:
+            loss, seen = observed_loss(stream, picks, folds, self.observed, row_loss, args, numbers, engine=self.engine)
+            return (loss + self.factor if math.isnan(self.factor) else loss), seen  # a sum over no rows is 0
+        states, picked = reduce_logits(stream, picks, [*folds, *self.observed], engine=self.engine)
+        seen = [tuple([t.detach() for t in s]) for s in states[len(folds) :]]
+        return ROW_LOSSES[row_loss](states[: len(folds)], picked, args, numbers).to(stream.accumulate_dtype), seen
+
+
+def check_dense(stream: Stream, lead: Sequence[int], target: Any) -> Tensor:
+    """target (..., C) as (N, C), once it fits."""
+    if not isinstance(target, Tensor):
+        raise ArgumentTypeError(f"target: expected a tensor, got {type(target).__name__}")
+    if tuple(target.shape) != (*lead, stream.shape[1]):
+        raise ArgumentError(f"target: expected the shape of the logits, {(*lead, stream.shape[1])}, got {tuple(target.shape)}")
+    if target.device != stream.device:
+        raise ArgumentError(f"target: expected device {stream.device} (that of the logits), got {target.device}")
+    target = target if target.is_floating_point() else target.to(stream.accumulate_dtype)
+    return target.reshape(-1, stream.shape[1])
+
+
+def class_vector(name: str, v: Tensor | None, stream: Stream) -> Tensor | None:
+    """v as (C,), from (), (1,), (C,) or (1, C); None for one that needs the N x C loss. Raise where it wants a gradient."""
+    if v is None:
+        return None
+    if v.requires_grad:
+        raise ArgumentError(f"{name}: class weights are constants and get no gradient; pass {name}.detach()")
+    c = stream.shape[1]
+    if v.numel() == 1:
+        return v.reshape(1).to(stream.accumulate_dtype).expand(c)
+    return v.reshape(c).to(stream.accumulate_dtype) if tuple(v.shape) in ((c,), (1, c)) else None
+
+
+def both(stream: Stream, weight: Tensor | None, pos_weight: Tensor | None) -> tuple[Tensor, ...]:
+    """(weight, pos_weight) as class vectors, with ones for the one that is missing; nothing if both are."""
+    if weight is None and pos_weight is None:
+        return ()
+    ones = stream.tensors[0].new_ones((1,), dtype=stream.accumulate_dtype).expand(stream.shape[1])
+    return (ones if weight is None else weight, ones if pos_weight is None else pos_weight)
+
+
+def one_vs_all(
+    stream: Stream, targets: Positives | Tensor, loss: Registered, numbers: Sequence[float], rows: Rows,
+    *, weight: Tensor | None = None, pos_weight: Tensor | None = None,
+) -> tuple[Tensor, list[State]]:  # fmt: skip
+    """The loss against `Positives` or an (N, C) tensor, with class vectors weight and pos_weight (elementwise.py has the formula)."""
+    vectors = both(stream, weight, pos_weight)
+    if isinstance(targets, Tensor):
+        fold = loss.dense[bool(vectors)](numbers=tuple(numbers), tensors=(targets, *vectors))
+        return rows.reduce(stream, None, (fold,), loss.row_loss, (), numbers)
+    picks, wide, c = targets.picks, stream.accumulate_dtype, stream.shape[1]
+    if targets.floor:
+        fold = loss.floor[bool(vectors)](numbers=(targets.floor, *numbers), tensors=vectors, exclude_picks=True)
+    else:
+        own = () if weight is None else (weight,)
+        fold = loss.negatives[bool(own)](numbers=tuple(numbers), tensors=own, exclude_picks=True)
+    there = (picks >= 0).to(wide)
+    values = [] if targets.values is None else [targets.values.to(wide)]
+    at = picks.clamp(0, c - 1)
+    return rows.reduce(stream, picks, (fold,), loss.row_loss, [there, *values, *[v[at] for v in vectors]], numbers)
+
+
+def binary_cross_entropy(
+    stream: Stream, lead: Sequence[int], target: Tensor | SparseTarget, *, weight: Tensor | None = None,
+    pos_weight: Tensor | None = None, reduction: str = "mean", engine: str = "auto",
+) -> Tensor:  # fmt: skip
+    """F.binary_cross_entropy_with_logits against target (..., C); weight, pos_weight (C,). "none": summed over classes, (...)."""
+    c = stream.shape[1]
+    if isinstance(target, SparseTarget):
+        if tuple(target.shape) != (*lead, c):
+            raise ArgumentError(f"target: expected the shape of the logits, {(*lead, c)}, got {tuple(target.shape)}")
+        if target.device != stream.device:
+            raise ArgumentError(f"target: expected device {stream.device} (that of the logits), got {target.device}")
+        picks, weights = target.merged()
+        check_range("target", picks, picks != -1, c)
+        picks = torch.where(picks < -1, c, picks)  # so that the op's own check sees it
+        targets: Positives | Tensor = Positives(picks, weights + target.floor, target.floor)
+    else:
+        targets = check_dense(stream, lead, target)
+    rows = Rows.of(stream, reduction, engine)
+    loss, _ = one_vs_all(stream, targets, LOSSES["bce"], (), rows, weight=weight, pos_weight=pos_weight)
+    return loss.reshape(tuple(lead)) if rows.rowwise else loss
