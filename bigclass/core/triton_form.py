@@ -10,17 +10,18 @@ from __future__ import annotations
 import hashlib
 import linecache
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 
 class TritonForm:
     """A Triton device function that is compiled when `.jit` is first read.
 
-    Inside the function `tl` means `triton.language`.
+    Inside the function `tl` means `triton.language`, and the names of `uses` other forms.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
+    def __init__(self, function: Callable[..., Any], uses: dict[str, TritonForm] | None = None) -> None:
+        self.function, self.uses = function, uses or {}
         self._jit: Any = None
 
     @property
@@ -30,8 +31,11 @@ class TritonForm:
             import triton
             import triton.language as tl
 
-            self.function.__globals__["tl"] = tl
-            self._jit = triton.jit(self.function)
+            f = self.function
+            scope = {**f.__globals__, "tl": tl, **{name: form.jit for name, form in self.uses.items()}}
+            made = FunctionType(f.__code__, scope, f.__name__, f.__defaults__, f.__closure__)
+            made.__module__, made.__qualname__ = f.__module__, f.__qualname__
+            self._jit = triton.jit(made)
         return self._jit
 
 
@@ -64,3 +68,8 @@ def define(source: str, names: dict[str, Any]) -> None:
 def triton_form(function: Callable[..., Any]) -> TritonForm:
     """Mark a function as the Triton form of the torch function beside it."""
     return TritonForm(function)
+
+
+def triton_form_with(**uses: TritonForm) -> Callable[[Callable[..., Any]], TritonForm]:
+    """`triton_form` for a function that calls other forms, by these names."""
+    return lambda function: TritonForm(function, uses)

@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigclass.core.errors import ArgumentError, ArgumentTypeError
-from bigclass.core.folds import LogSumExp, SumFold, log_sum, log_sum_exp
+from bigclass.core.folds import LogSumExp, log_sum, log_sum_exp
 from bigclass.core.op import reduce_logits, stream_loss
 from bigclass.core.row_losses import ROW_LOSSES, register_row_loss
 from bigclass.heads.lazy import LazyLogits
 from bigclass.heads.lazy.base import result_dtype
 from bigclass.losses.classwise import Rows, binary_cross_entropy, check_dense, class_vector, one_vs_all
 from bigclass.losses.cross_entropy import cross_entropy
-from bigclass.losses.folds import DensePoly, TemperedMoment
+from bigclass.losses.folds import TemperedMoment
 from bigclass.losses.inputs import check_index, check_range
 from bigclass.losses.one_vs_all import LOSSES
 from bigclass.losses.targets import SparseTarget
@@ -153,14 +153,12 @@ def _soft_margin(criterion: Any, lazy: LazyLogits, target: Any) -> Any:
     return loss.to(result_dtype(lazy.dtype))
 
 
-def _dense(lazy: LazyLogits, fold: SumFold, reduction: str) -> Tensor:
-    """A fold over a dense target, reduced; in float32, as timm's modules compute."""
-    return Rows.of(lazy.stream, reduction, lazy.engine).reduce(lazy.stream, None, (fold,), "fold_sum")[0].float()
-
-
-def _target_of(criterion: Any, lazy: LazyLogits, target: Any) -> Tensor:
+def _one_vs_all(criterion: Any, lazy: LazyLogits, target: Any, loss: str, numbers: Any, *vectors: Tensor | None) -> Tensor:
+    """A one-vs-all loss against a dense target; in float32, as timm's modules compute."""
     t = check_dense(lazy.stream, lazy.lead, target)
-    return t * (1.0 - criterion.smoothing) + 0.5 * criterion.smoothing if criterion.smoothing else t
+    t = t * (1.0 - criterion.smoothing) + 0.5 * criterion.smoothing if criterion.smoothing else t
+    rows, given = Rows.of(lazy.stream, criterion.reduction, lazy.engine), dict(zip(("weight", "pos_weight"), vectors, strict=False))
+    return one_vs_all(lazy.stream, t, LOSSES[loss], [float(v) for v in numbers], rows, **given)[0].float()
 
 
 def _asymmetric_multi(criterion: Any, lazy: LazyLogits, target: Any) -> Any:
@@ -170,18 +168,14 @@ def _asymmetric_multi(criterion: Any, lazy: LazyLogits, target: Any) -> Any:
     if any(v is None and getattr(criterion, n) is not None for v, n in zip(vectors, ("weight", "pos_weight"), strict=True)):
         return NotImplemented
     options = (criterion.gamma_neg, criterion.gamma_pos, criterion.clip or 0.0, criterion.eps, criterion.disable_torch_grad_focal_loss)
-    numbers = [float(v) for v in options]
-    rows, given = Rows.of(lazy.stream, criterion.reduction, lazy.engine), _target_of(criterion, lazy, target)
-    loss, _ = one_vs_all(lazy.stream, given, LOSSES["asymmetric"], numbers, rows, weight=vectors[0], pos_weight=vectors[1])
-    return loss.float()
+    return _one_vs_all(criterion, lazy, target, "asymmetric", options, *vectors)
 
 
 def _poly_binary(criterion: Any, lazy: LazyLogits, target: Any) -> Any:
     if criterion.reduction == "none" or lazy.ndim != 2:
         return NotImplemented
     alpha = -1.0 if criterion.alpha is None else criterion.alpha
-    fold = DensePoly(numbers=(criterion.epsilon, criterion.gamma, alpha), tensors=(_target_of(criterion, lazy, target),))
-    return _dense(lazy, fold, criterion.reduction)
+    return _one_vs_all(criterion, lazy, target, "poly", (criterion.epsilon, criterion.gamma, alpha))
 
 
 @register_row_loss("asymmetric_single")

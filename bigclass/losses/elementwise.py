@@ -92,7 +92,7 @@ class ElementwiseLoss:
     def check(cls, **options: float) -> None:
         """Raise for options that cannot work."""
 
-    # (s, *numbers); the last two, for dense targets and smoothing, (s, t, p, *numbers): made of the first four where they are missing
+    # (s, *numbers); the last two, for dense targets and smoothing, (s, t, p, *numbers). Either kind is made of the other where it lacks.
     negative_triton: ClassVar[TritonForm | None] = None
     negative_slope_triton: ClassVar[TritonForm | None] = None
     positive_triton: ClassVar[TritonForm | None] = None
@@ -221,6 +221,8 @@ def _form(cls: type[ElementwiseLoss], reads: tuple[str, ...], kind: str) -> Trit
     mixture = getattr(cls, f"mixture{kind}_triton")
     forms: dict[str, TritonForm | None] = {"negative": negative}
     value = f"negative(s{options})"
+    if negative is None and mixture is not None:
+        forms, value = {"mixture": mixture}, f"mixture(s, 0.0, 1.0{options})"
     if "t" in reads or "f" in reads:
         t, p = "t" if "t" in reads else "f", "p" if "p" in reads else "1.0"
         if mixture is not None:

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from bigclass.core.folds import Fold, LogSumExp, SumFold, register_fold
-from bigclass.core.guards import autograd_inside_op
+from bigclass.core.folds import Fold, LogSumExp, register_fold
 from bigclass.core.triton_form import triton_form
 
 if TYPE_CHECKING:
@@ -121,39 +119,3 @@ class TemperedMoment(Fold):
         u = s * a - tl.where(m == float("-inf"), 0.0, m)[:, None]
         u = tl.where(u < -1e4, -1e4, u)
         return a * tl.exp2(u * 1.4426950408889634) * (g_l[:, None] + (1.0 + u) * g_t[:, None])
-
-
-class ElementwiseFold(SumFold):
-    """A `SumFold` whose slope is not written out: autograd differentiates `term`, a tile at a time. No Triton form."""
-
-    def gradient(self, tile, tensors, state, grads, out):
-        with autograd_inside_op():
-            s = tile.s.detach().requires_grad_()
-            term = self.term(s, self.numbers, [t.detach() for t in tensors])
-            (slope,) = torch.autograd.grad(term.sum(), s)
-        torch.mul(slope, grads[0], out=out)
-        return tile.clear_picks(out) if self.exclude_picks else out
-
-
-@register_fold
-@dataclass(frozen=True, eq=False)
-class DensePoly(ElementwiseFold):
-    """Poly-1 of the (focal) binary cross-entropy against a full (N, C) tensor t: arXiv:2204.12511, as timm's PolyBinaryCrossEntropy.
-
-    numbers: epsilon, gamma, alpha (negative: none)."""
-
-    name: ClassVar[str] = "poly_dense"
-    tensor_axes: ClassVar[tuple[str, ...]] = ("grid",)
-
-    @staticmethod
-    def term(s, numbers, tensors):
-        (epsilon, gamma, alpha), t = numbers, tensors[0]
-        p = torch.sigmoid(s)
-        missing = 1.0 - (t * p + (1.0 - t) * (1.0 - p))
-        value = F.binary_cross_entropy_with_logits(s, t, reduction="none")
-        poly = missing
-        if gamma:
-            focal = missing**gamma
-            value, poly = value * focal, poly * focal
-        value = value + epsilon * poly
-        return value if alpha < 0.0 else value * (t * alpha + (1.0 - t) * (1.0 - alpha))

@@ -7,16 +7,20 @@ With sigma the logistic function and sp(s) = log(1 + e^s) = -log sigma(-s):
     focal           a (1 - sigma)^g sp(-s)               (1 - a) sigma^g sp(s)                        arXiv:1708.02002; a < 0: no factors
     asymmetric      (1 - sigma)^g+ sp(-s)                -q^g- log(1 - q),  q = max(sigma - m, 0)     arXiv:2009.14119
     squared_hinge   max(m - s, 0)^2                      max(m + s, 0)^2
+    poly            focal + e (1 - sigma)^(g + 1)        focal + e sigma^(g + 1)                      arXiv:2204.12511
 
 Exponentials are of -|s| or of logarithms below 0, so nothing overflows, and each gradient is one expression: no logit loses its digits.
 Every negative and its slope are exactly 0 at s = -inf; those of asymmetric (m > 0) and squared_hinge already below a finite logit.
 """
 
+# pyright: reportOperatorIssue=false, reportArgumentType=false, reportCallIssue=false
+# (the language of Triton forms has other types than Python's)
+
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +28,11 @@ from torch import Tensor
 
 from bigclass.core.errors import ArgumentError
 from bigclass.core.folds import exp_
-from bigclass.core.triton_form import triton_form
+from bigclass.core.triton_form import triton_form_with
 from bigclass.losses.elementwise import LOSSES, ElementwiseLoss, register_elementwise_loss
+from bigclass.losses.logistic import cross_entropy, log_missing, logistic, positive_part, power
 
-__all__ = ["LOSSES", "Asymmetric", "BinaryCrossEntropy", "Focal", "SquaredHinge"]
+__all__ = ["LOSSES", "Asymmetric", "BinaryCrossEntropy", "Focal", "Poly", "SquaredHinge"]
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -80,31 +85,21 @@ class BinaryCrossEntropy(ElementwiseLoss):
         slope = slope.sub_(t) if plain else slope.mul_(1.0 - t).sub_(torch.sigmoid(-s) * (t * p))
         return cls.mixture(s.detach(), t, p), slope
 
-    @triton_form
+    @triton_form_with(logistic=logistic, positive_part=positive_part)
     def negative_triton(s):
-        e = tl.exp2(-tl.abs(s) * 1.4426950408889634)
-        u = 1.0 + e
-        log1p = tl.where(u == 1.0, e, tl.log(u) * (e / (u - 1.0)))  # Kahan's: log u alone loses e below 2^-24
-        return tl.where(s > 0.0, s, 0.0) + log1p
+        return positive_part(s) + logistic(s)[0]
 
-    @triton_form
+    @triton_form_with(logistic=logistic)
     def negative_slope_triton(s):
-        e = tl.exp2(-tl.abs(s) * 1.4426950408889634)
-        return tl.where(s < 0.0, e, 1.0) / (1.0 + e)
+        return logistic(s)[1]
 
-    @triton_form
+    @triton_form_with(logistic=logistic, cross_entropy=cross_entropy)
     def mixture_triton(s, t, p):
-        e = tl.exp2(-tl.abs(s) * 1.4426950408889634)
-        u = 1.0 + e
-        log1p = tl.where(u == 1.0, e, tl.log(u) * (e / (u - 1.0)))
-        a, b = 1.0 - t, t * p  # pyright: ignore[reportOperatorIssue]
-        return tl.where(s > 0.0, a * s, -b * s) + (a + b) * log1p
+        return cross_entropy(s, 1.0 - t, t * p, logistic(s)[0])
 
-    @triton_form
+    @triton_form_with(logistic=logistic)
     def mixture_slope_triton(s, t, p):
-        e = tl.exp2(-tl.abs(s) * 1.4426950408889634)
-        r = 1.0 / (1.0 + e)
-        up, down = tl.where(s < 0.0, e, 1.0) * r, tl.where(s < 0.0, 1.0, e) * r  # sigma(s), sigma(-s)
+        _, up, down = logistic(s)
         return (1.0 - t) * up - t * p * down
 
 
@@ -148,24 +143,17 @@ class Focal(ElementwiseLoss):
         slope = (1.0 - sigma).mul_(sp).mul_(gamma).add_(sigma).mul_(power)  # sigma^g [g (1 - sigma) sp + sigma]
         return sp.mul_(power), slope
 
-    @triton_form
+    @triton_form_with(logistic=logistic, positive_part=positive_part)
     def negative_triton(s, alpha, gamma):
-        e = tl.exp2(-tl.abs(s) * 1.4426950408889634)
-        u = 1.0 + e
-        log1p = tl.where(u == 1.0, e, tl.log(u) * (e / (u - 1.0)))
-        power = tl.exp2((log1p + tl.where(s < 0.0, -s, 0.0)) * (-1.4426950408889634 * gamma))
-        power = tl.where(gamma == 0.0, 1.0, power)
-        return (1.0 - tl.maximum(alpha, 0.0)) * power * (tl.where(s > 0.0, s, 0.0) + log1p)
+        log1p, _, _ = logistic(s)
+        factor = tl.exp2((log1p + positive_part(-s)) * (-1.4426950408889634 * gamma))
+        return (1.0 - tl.maximum(alpha, 0.0)) * factor * (positive_part(s) + log1p)
 
-    @triton_form
+    @triton_form_with(logistic=logistic, positive_part=positive_part)
     def negative_slope_triton(s, alpha, gamma):
-        e = tl.exp2(-tl.abs(s) * 1.4426950408889634)
-        u = 1.0 + e
-        log1p = tl.where(u == 1.0, e, tl.log(u) * (e / (u - 1.0)))
-        power = tl.exp2((log1p + tl.where(s < 0.0, -s, 0.0)) * (-1.4426950408889634 * gamma))
-        power = tl.where(gamma == 0.0, 1.0, power)
-        up, down = tl.where(s < 0.0, e, 1.0) / u, tl.where(s < 0.0, 1.0, e) / u
-        return (1.0 - tl.maximum(alpha, 0.0)) * power * (gamma * down * (tl.where(s > 0.0, s, 0.0) + log1p) + up)
+        log1p, up, down = logistic(s)
+        factor = tl.exp2((log1p + positive_part(-s)) * (-1.4426950408889634 * gamma))
+        return (1.0 - tl.maximum(alpha, 0.0)) * factor * (gamma * down * (positive_part(s) + log1p) + up)
 
     @classmethod
     def mixture(cls, s, t, p, alpha, gamma):
@@ -175,32 +163,20 @@ class Focal(ElementwiseLoss):
             value = value * _missing(t * torch.sigmoid(-s) + (1.0 - t) * torch.sigmoid(s)).pow(gamma)
         return value if alpha < 0.0 else value * (t * alpha + (1.0 - t) * (1.0 - alpha))
 
-    @triton_form
+    @triton_form_with(logistic=logistic, cross_entropy=cross_entropy, power=power)
     def mixture_triton(s, t, p, alpha, gamma):
-        e = tl.exp2(-tl.abs(s) * 1.4426950408889634)
-        u = 1.0 + e
-        log1p = tl.where(u == 1.0, e, tl.log(u) * (e / (u - 1.0)))
-        r = 1.0 / u
-        up, down = tl.where(s < 0.0, e, 1.0) * r, tl.where(s < 0.0, 1.0, e) * r
-        a, b = 1.0 - t, t * p  # pyright: ignore[reportOperatorIssue]
-        value = tl.where(s > 0.0, a * s, -b * s) + (a + b) * log1p
-        missing = tl.maximum(t * down + a * up, 1e-38)
-        share = tl.where(alpha < 0.0, 1.0, t * alpha + a * (1.0 - alpha))
-        return tl.where(s == s, share * value * tl.exp2(gamma * tl.log2(missing)), s)
+        log1p, up, down = logistic(s)
+        share = tl.where(alpha < 0.0, 1.0, t * alpha + (1.0 - t) * (1.0 - alpha))
+        return share * cross_entropy(s, 1.0 - t, t * p, log1p) * power(t * down + (1.0 - t) * up, gamma)
 
-    @triton_form
+    @triton_form_with(logistic=logistic, cross_entropy=cross_entropy, power=power)
     def mixture_slope_triton(s, t, p, alpha, gamma):
-        e = tl.exp2(-tl.abs(s) * 1.4426950408889634)
-        u = 1.0 + e
-        log1p = tl.where(u == 1.0, e, tl.log(u) * (e / (u - 1.0)))
-        r = 1.0 / u
-        up, down = tl.where(s < 0.0, e, 1.0) * r, tl.where(s < 0.0, 1.0, e) * r
-        a, b = 1.0 - t, t * p  # pyright: ignore[reportOperatorIssue]
-        value = tl.where(s > 0.0, a * s, -b * s) + (a + b) * log1p
-        missing = tl.maximum(t * down + a * up, 1e-38)
-        share = tl.where(alpha < 0.0, 1.0, t * alpha + a * (1.0 - alpha))
-        focus = value * gamma * (a - t) * up * down / missing
-        return tl.where(s == s, share * tl.exp2(gamma * tl.log2(missing)) * (a * up - b * down + focus), s)
+        log1p, up, down = logistic(s)
+        value = cross_entropy(s, 1.0 - t, t * p, log1p)
+        missing = tl.maximum(t * down + (1.0 - t) * up, 1e-38)
+        share = tl.where(alpha < 0.0, 1.0, t * alpha + (1.0 - t) * (1.0 - alpha))
+        focus = value * gamma * (1.0 - 2.0 * t) * up * down / missing
+        return share * power(missing, gamma) * ((1.0 - t) * up - t * p * down + focus)
 
 
 def _missing(q: Tensor) -> Tensor:
@@ -283,37 +259,22 @@ class Asymmetric(ElementwiseLoss):
             slope.mul_(_power(q.clamp_min(torch.finfo(q.dtype).tiny) if gamma_neg < 1.0 else q, gamma_neg - 1.0))
         return value.mul_(_power(q, gamma_neg)), slope
 
-    @triton_form
+    @triton_form_with(logistic=logistic, log_missing=log_missing, power=power)
     def negative_triton(s, gamma_neg, gamma_pos, clip, eps, constant):
-        e = tl.exp2(-tl.abs(s) * 1.4426950408889634)
-        u = 1.0 + e
-        sigma = tl.where(s < 0.0, e, 1.0) / u
-        q = tl.maximum(sigma - clip, 0.0)
-        # -log(1 - q): 1 - q = (1 - sigma) + clip, where it is smaller than 1; -log1p(-q) by Kahan where q is small
-        rest = tl.where(s < 0.0, 1.0, e) / u + clip
-        v = 1.0 - q
-        small = tl.where(v == 1.0, q, tl.log(v) * (q / (v - 1.0)))
-        value = tl.where(q < 0.5, small, -tl.log(tl.maximum(tl.maximum(rest, eps), 1e-38)))
-        power = tl.where(gamma_neg == 0.0, 1.0, tl.exp2(gamma_neg * tl.log2(q)))
-        power = tl.where(q > 0.0, power, 0.0)
-        return tl.where(s == s, power * value, s)
+        log1p, up, down = logistic(s)
+        q = tl.maximum(up - clip, 0.0)
+        value = -tl.maximum(log_missing(s, q, log1p, down, clip), tl.log(tl.maximum(eps, 1e-38)))
+        return tl.where(s == s, tl.where(q > 0.0, value * power(q, gamma_neg), 0.0), s)
 
-    @triton_form
+    @triton_form_with(logistic=logistic, log_missing=log_missing, power=power)
     def negative_slope_triton(s, gamma_neg, gamma_pos, clip, eps, constant):
-        e = tl.exp2(-tl.abs(s) * 1.4426950408889634)
-        u = 1.0 + e
-        sigma, other = tl.where(s < 0.0, e, 1.0) / u, tl.where(s < 0.0, 1.0, e) / u
-        q = tl.maximum(sigma - clip, 0.0)
-        rest = other + clip
-        v = 1.0 - q
-        small = tl.where(v == 1.0, q, tl.log(v) * (q / (v - 1.0)))
-        value = tl.where(q < 0.5, small, -tl.log(tl.maximum(tl.maximum(rest, eps), 1e-38)))
-        power = tl.where(gamma_neg == 0.0, 1.0, tl.exp2(gamma_neg * tl.log2(q)))
-        own = tl.where(rest < eps, 0.0, sigma * other / tl.maximum(rest, 1e-38))
+        log1p, up, down = logistic(s)
+        q, least = tl.maximum(up - clip, 0.0), tl.log(tl.maximum(eps, 1e-38))
+        value = -log_missing(s, q, log1p, down, clip)
         # sigma' [q^g / (1 - q) + g q^(g-1) value]
-        focus = tl.where(constant != 0.0, 0.0, gamma_neg * sigma * other * value / tl.maximum(q, 1e-38))
-        slope = tl.where(q > 0.0, power * (own + focus), 0.0)
-        return tl.where(s == s, slope, s)
+        own = tl.where(value > -least, 0.0, 1.0 / tl.maximum(down + clip, 1e-38))
+        focus = tl.where(constant != 0.0, 0.0, gamma_neg * tl.minimum(value, -least) / tl.maximum(q, 1e-38))
+        return tl.where(s == s, tl.where(q > 0.0, up * down * power(q, gamma_neg) * (own + focus), 0.0), s)
 
     @classmethod
     def mixture(cls, s, t, p, gamma_neg, gamma_pos, clip, eps, constant):
@@ -328,44 +289,69 @@ class Asymmetric(ElementwiseLoss):
             return value
         return value * _held(_missing(t * down + (1.0 - t) * q).pow(gamma_pos * t + gamma_neg * (1.0 - t)), constant)
 
-    @triton_form
+    @triton_form_with(logistic=logistic, log_missing=log_missing, positive_part=positive_part, power=power)
     def mixture_triton(s, t, p, gamma_neg, gamma_pos, clip, eps, constant):
-        e = tl.exp2(-tl.abs(s) * 1.4426950408889634)
-        u = 1.0 + e
-        log1p = tl.where(u == 1.0, e, tl.log(u) * (e / (u - 1.0)))
-        r = 1.0 / u
-        up, down = tl.where(s < 0.0, e, 1.0) * r, tl.where(s < 0.0, 1.0, e) * r
-        q = tl.maximum(up - clip, 0.0)
-        least = tl.log(tl.maximum(eps, 1e-38))
-        positive = tl.maximum(tl.where(s > 0.0, 0.0, s) - log1p, least)
-        v = 1.0 - q
-        small = tl.where(v == 1.0, -q, tl.log(v) * (q / (1.0 - v)))
-        negative = tl.maximum(tl.where(q < 0.5, small, tl.log(tl.maximum(down + clip, 1e-38))), least)
-        negative = tl.where(clip > 0.0, negative, tl.maximum(tl.where(s > 0.0, -s, 0.0) - log1p, least))
-        value = -t * p * positive - (1.0 - t) * negative
-        power = (gamma_pos * t + gamma_neg * (1.0 - t)) * tl.log2(tl.maximum(t * down + (1.0 - t) * q, 1e-38))
-        return tl.where(s == s, value * tl.exp2(power), s)
+        log1p, up, down = logistic(s)
+        q, least = tl.maximum(up - clip, 0.0), tl.log(tl.maximum(eps, 1e-38))
+        positive, negative = -positive_part(-s) - log1p, log_missing(s, q, log1p, down, clip)
+        value = -t * p * tl.maximum(positive, least) - (1.0 - t) * tl.maximum(negative, least)
+        return tl.where(s == s, value * power(t * down + (1.0 - t) * q, gamma_pos * t + gamma_neg * (1.0 - t)), s)
 
-    @triton_form
+    @triton_form_with(logistic=logistic, log_missing=log_missing, positive_part=positive_part, power=power)
     def mixture_slope_triton(s, t, p, gamma_neg, gamma_pos, clip, eps, constant):
-        e = tl.exp2(-tl.abs(s) * 1.4426950408889634)
-        u = 1.0 + e
-        log1p = tl.where(u == 1.0, e, tl.log(u) * (e / (u - 1.0)))
-        r = 1.0 / u
-        up, down = tl.where(s < 0.0, e, 1.0) * r, tl.where(s < 0.0, 1.0, e) * r
-        q = tl.maximum(up - clip, 0.0)
-        least = tl.log(tl.maximum(eps, 1e-38))
-        positive = tl.where(s > 0.0, 0.0, s) - log1p
-        v = 1.0 - q
-        small = tl.where(v == 1.0, -q, tl.log(v) * (q / (1.0 - v)))
-        rest = tl.maximum(down + clip, 1e-38)
-        negative = tl.where(clip > 0.0, tl.where(q < 0.5, small, tl.log(rest)), tl.where(s > 0.0, -s, 0.0) - log1p)
+        log1p, up, down = logistic(s)
+        q, least = tl.maximum(up - clip, 0.0), tl.log(tl.maximum(eps, 1e-38))
+        positive, negative = -positive_part(-s) - log1p, log_missing(s, q, log1p, down, clip)
         inner = tl.where(q > 0.0, up * down, 0.0)  # dq / ds
-        own = (1.0 - t) * tl.where(negative < least, 0.0, inner / rest) - t * p * tl.where(positive < least, 0.0, down)
+        own = (1.0 - t) * tl.where(negative < least, 0.0, inner / tl.maximum(down + clip, 1e-38))
+        own -= t * p * tl.where(positive < least, 0.0, down)
         value = -t * p * tl.maximum(positive, least) - (1.0 - t) * tl.maximum(negative, least)
         gamma, missing = gamma_pos * t + gamma_neg * (1.0 - t), tl.maximum(t * down + (1.0 - t) * q, 1e-38)
         focus = tl.where(constant != 0.0, 0.0, value * gamma * ((1.0 - t) * inner - t * up * down) / missing)
-        return tl.where(s == s, tl.exp2(gamma * tl.log2(missing)) * (own + focus), s)
+        return tl.where(s == s, power(missing, gamma) * (own + focus), s)
+
+
+@register_elementwise_loss
+class Poly(ElementwiseLoss):
+    """Poly-1 of the (focal) binary cross-entropy (Leng et al., arXiv:2204.12511), as timm's PolyBinaryCrossEntropy."""
+
+    name: ClassVar[str] = "poly"
+    options: ClassVar[Mapping[str, float]] = {"epsilon": 1.0, "gamma": 0.0, "alpha": -1.0}
+
+    @classmethod
+    def check(cls, epsilon, gamma, alpha):
+        Focal.check(alpha, gamma)
+
+    @classmethod
+    def positive(cls, s, epsilon, gamma, alpha):
+        return cls.mixture(s, 1.0, 1.0, epsilon, gamma, alpha)
+
+    @classmethod
+    def negative(cls, s, epsilon, gamma, alpha):
+        return cls.mixture(s, 0.0, 1.0, epsilon, gamma, alpha)
+
+    @classmethod
+    def mixture(cls, s, t, p, epsilon, gamma, alpha):
+        missing = t * torch.sigmoid(-s) + (1.0 - t) * torch.sigmoid(s)
+        value = BinaryCrossEntropy.mixture(s, t, p) + epsilon * missing
+        if gamma:
+            value = value * _missing(missing).pow(gamma)
+        return value if alpha < 0.0 else value * (t * alpha + (1.0 - t) * (1.0 - alpha))
+
+    @triton_form_with(logistic=logistic, cross_entropy=cross_entropy, power=power)
+    def mixture_triton(s, t, p, epsilon, gamma, alpha):
+        log1p, up, down = logistic(s)
+        missing = t * down + (1.0 - t) * up
+        share = tl.where(alpha < 0.0, 1.0, t * alpha + (1.0 - t) * (1.0 - alpha))
+        return share * (cross_entropy(s, 1.0 - t, t * p, log1p) + epsilon * missing) * power(missing, gamma)
+
+    @triton_form_with(logistic=logistic, cross_entropy=cross_entropy, power=power)
+    def mixture_slope_triton(s, t, p, epsilon, gamma, alpha):
+        log1p, up, down = logistic(s)
+        missing, turn = tl.maximum(t * down + (1.0 - t) * up, 1e-38), (1.0 - 2.0 * t) * up * down
+        value = cross_entropy(s, 1.0 - t, t * p, log1p) + epsilon * missing
+        share = tl.where(alpha < 0.0, 1.0, t * alpha + (1.0 - t) * (1.0 - alpha))
+        return share * power(missing, gamma) * ((1.0 - t) * up - t * p * down + epsilon * turn + gamma * value * turn / missing)
 
 
 @register_elementwise_loss
@@ -398,24 +384,18 @@ class SquaredHinge(ElementwiseLoss):
         u = (s.detach() + margin).relu_()
         return u * u, u.mul_(2.0)
 
-    @triton_form
-    def negative_triton(s, margin: Any):
-        u = s + margin
-        u = tl.where(u < 0.0, 0.0, u)  # keeps NaN
-        return u * u
+    @triton_form_with(positive_part=positive_part)
+    def negative_triton(s, margin):
+        return positive_part(margin + s) * positive_part(margin + s)
 
-    @triton_form
-    def negative_slope_triton(s, margin: Any):
-        u = s + margin
-        return tl.where(u < 0.0, 0.0, 2.0 * u)
+    @triton_form_with(positive_part=positive_part)
+    def negative_slope_triton(s, margin):
+        return 2.0 * positive_part(margin + s)
 
-    @triton_form
-    def positive_triton(s, margin: Any):
-        u = margin - s
-        u = tl.where(u < 0.0, 0.0, u)
-        return u * u
+    @triton_form_with(positive_part=positive_part)
+    def positive_triton(s, margin):
+        return positive_part(margin - s) * positive_part(margin - s)
 
-    @triton_form
-    def positive_slope_triton(s, margin: Any):
-        u = margin - s
-        return tl.where(u < 0.0, 0.0, -2.0 * u)
+    @triton_form_with(positive_part=positive_part)
+    def positive_slope_triton(s, margin):
+        return -2.0 * positive_part(margin - s)
