@@ -41,6 +41,7 @@ from torch import Tensor
 
 from bigclass.core import Dot, Fold, LogSumExp, Map, ShiftedMoment, Softcap, Stream, Total
 from bigclass.extras import require
+from bigclass.losses.one_vs_all import LOSSES
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -82,6 +83,13 @@ class Recipe:
 _REST = LogSumExp(exclude_picks=True)  # of the classes that a row did not pick
 _CAP = (Softcap.at(30.0),)
 
+
+def _one_vs_all(name: str, weighted: int, kind: str = "negatives") -> Fold:
+    """A fold of a one-vs-all loss with its default options."""
+    made = LOSSES[name]
+    return getattr(made, kind)[weighted](numbers=tuple(made.loss.options.values()), exclude_picks=kind != "dense")
+
+
 RECIPES = {
     "ce": Recipe((_REST,), picks=1),
     "log-sum-exp": Recipe((LogSumExp(),)),
@@ -100,6 +108,15 @@ RECIPES = {
     "probabilities": Recipe((LogSumExp(), Dot())),
     "probabilities weights bias cap": Recipe((LogSumExp(), Dot(), Total()), maps=_CAP, bias=True, weights=True),
     "entropy bias cap": Recipe((_REST, ShiftedMoment()), picks=1, maps=_CAP, bias=True),
+    "bce": Recipe((_one_vs_all("bce", 0),), picks=4, bias=True),
+    "focal": Recipe((_one_vs_all("focal", 0),), picks=4, bias=True),
+    "asymmetric": Recipe((_one_vs_all("asymmetric", 0),), picks=4, bias=True),
+    "hinge cap": Recipe((_one_vs_all("squared_hinge", 1),), picks=4, maps=_CAP, bias=True, weights=True),
+    "poly": Recipe((_one_vs_all("poly", 0),), picks=4, bias=True),
+    "asymmetric dense": Recipe((_one_vs_all("asymmetric", 0, "dense"),), bias=True),
+    "focal dense weights": Recipe((_one_vs_all("focal", 1, "dense"),), bias=True, weights=True),
+    "stored asymmetric": Recipe((_one_vs_all("asymmetric", 0),), picks=4, bias=True, stored=True),
+    "stored asymmetric dense": Recipe((_one_vs_all("asymmetric", 1, "dense"),), bias=True, weights=True, stored=True),
     "stored": Recipe((_REST,), picks=1, stored=True),
     "stored entropy": Recipe((_REST, ShiftedMoment()), picks=1, bias=True, stored=True),
 }

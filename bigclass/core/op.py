@@ -34,6 +34,7 @@ from bigclass.core.plan import Plan, Settings, Work, choose_engine, choose_gradi
 from bigclass.core.recipe import pack, unpack
 from bigclass.core.row_losses import AFFINE, ROW_LOSSES
 from bigclass.core.stream import Map, Stream
+from bigclass.core.updates import Problem, SlabUpdate, check_update, handed_on
 
 
 def reduce_logits(
@@ -110,9 +111,13 @@ def observed_loss(
     numbers: Sequence[float] = (),
     *,
     keep: Tensor | None = None,
+    update: SlabUpdate | None = None,
     engine: str = "auto",
 ) -> tuple[Tensor, list[State]]:
-    """`stream_loss`, and the states of row folds that the loss does not read (top-k classes), from the same tiles. They get no gradient."""
+    """`stream_loss`, and the states of row folds that the loss does not read (top-k classes), from the same tiles. They get no gradient.
+
+    update: takes the gradient of the stream's one weight, slab by slab in the backward, in place of autograd (updates.py).
+    """
     if row_loss not in ROW_LOSSES:
         raise KeyError(f"row_loss: no {row_loss!r} is registered; known: {sorted(ROW_LOSSES)}")
     if any(f.axis != "rows" for f in (*folds, *observed)):
@@ -125,6 +130,10 @@ def observed_loss(
     tensors = [*stream.tensors, *[t for f in folds for t in f.tensors], *args]
     needs = [t.requires_grad and torch.is_grad_enabled() for t in tensors]
     options = settings()
+    if update is not None:
+        check_update(update, stream, tensors[: len(tensors) - len(args)], args)
+        if any(needs):
+            return _handed_on(stream, picks, folds, observed, row_loss, args, numbers, keep, update, engine)
     work = _work(stream, [*folds, *observed], keep, scalar=True, grad=any(needs))
     work = replace(work, affine=_is_affine(row_loss, picks, folds, args))
     name = _choose(work, engine, stream, [*folds, *observed])
@@ -143,6 +152,30 @@ def observed_loss(
     out = iter(_stream_loss(tensors, picks, keep, list(args), recipe, constants, row_loss, [*numbers, 0.0], plan, needs))
     loss = next(out)
     return loss, [_squeeze(tuple([next(out) for _ in f.differentiable])) for f in observed]
+
+
+def _handed_on(
+    stream, picks, folds, observed, row_loss, args, numbers, keep, update: SlabUpdate, engine: str
+) -> tuple[Tensor, list[State]]:
+    """`observed_loss` with an update: never dense, where the gradient would be a whole."""
+    if engine == "dense":
+        raise ArgumentError("engine: 'dense' makes the whole C x D gradient; update= needs 'auto', 'tiled' or 'fused'")
+    every = [*folds, *observed]
+    _check(stream, picks, every, keep)
+    _assert_picks(picks, stream.shape[1])
+    tensors = [*stream.tensors, *[t for f in every for t in f.tensors]]
+    refuse_transforms(tensors)
+    work = _work(stream, every, keep, scalar=False)
+    name = _choose(work, engine, stream, every)
+    name = "tiled" if name == "dense" else name
+
+    def evaluate(states, picked, chunk, mask):
+        return _row_loss_gradients(row_loss, list(numbers), folds, states, picked, chunk, [False] * len(args), mask)
+
+    forward, backward = (make_plan(replace(work, grad=grad), name, replace(settings(), gradients="recompute")) for grad in (False, True))
+    problem = Problem(stream, picks, keep, tuple(folds), tuple(observed), tuple(args), evaluate, forward, backward, update)
+    loss, seen = handed_on(problem, tensors)
+    return loss, [_squeeze(s) for s in seen]
 
 
 def _is_affine(row_loss: str, picks: Tensor | None, folds: Sequence[Fold], args: Sequence[Tensor]) -> bool:

@@ -15,6 +15,7 @@ from bigclass.core.folds import Fold, State
 from bigclass.core.op import observed_loss, reduce_logits
 from bigclass.core.row_losses import ROW_LOSSES, register_row_loss
 from bigclass.core.stream import Stream
+from bigclass.core.updates import SlabUpdate
 from bigclass.losses.elementwise import Registered
 from bigclass.losses.inputs import check_range
 from bigclass.losses.one_vs_all import LOSSES
@@ -42,16 +43,19 @@ def row_factor(n: int, c: int, reduction: str) -> float:
 @dataclass(frozen=True)
 class Rows:
     """What becomes of the rows' losses. factor: of each. rowwise: are they returned, or their sum? engine: as asked for.
-    observed: folds that are shown the same tiles."""
+    observed: folds that are shown the same tiles. update: takes the weight's gradient slab by slab (core/updates.py)."""
 
     factor: float = 1.0
     rowwise: bool = False
     engine: str = "auto"
     observed: tuple[Fold, ...] = ()
+    update: SlabUpdate | None = None
 
     @classmethod
-    def of(cls, stream: Stream, reduction: str, engine: str, observed: tuple[Fold, ...] = ()) -> Rows:
-        return cls(row_factor(*stream.shape, reduction), reduction == "none", engine, observed)
+    def of(cls, stream: Stream, reduction: str, engine: str, observed: tuple[Fold, ...] = (), update: SlabUpdate | None = None) -> Rows:
+        if update is not None and reduction == "none":
+            raise ArgumentError("reduction: 'none' has no one loss to take a step for; with update= use 'mean', 'batchmean' or 'sum'")
+        return cls(row_factor(*stream.shape, reduction), reduction == "none", engine, observed, update)
 
     def reduce(
         self, stream: Stream, picks: Tensor | None, folds: Sequence[Fold], row_loss: str, args: Sequence[Tensor] = (),
@@ -61,7 +65,7 @@ class Rows:
         n, exact = stream.shape[0], torch.float32 if stream.device.type == "mps" else torch.float64
         args = [stream.tensors[0].new_full((), self.factor, dtype=exact).expand(n), *args]
         if not self.rowwise:
-            loss, seen = observed_loss(stream, picks, folds, self.observed, row_loss, args, numbers, engine=self.engine)
+            loss, seen = observed_loss(stream, picks, folds, self.observed, row_loss, args, numbers, update=self.update, engine=self.engine)
             return (loss + self.factor if math.isnan(self.factor) else loss), seen  # a sum over no rows is 0
         states, picked = reduce_logits(stream, picks, [*folds, *self.observed], engine=self.engine)
         seen = [tuple([t.detach() for t in s]) for s in states[len(folds) :]]

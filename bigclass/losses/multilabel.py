@@ -19,6 +19,7 @@ from bigclass.core.folds import LogSumExp, State, log_sum_exp
 from bigclass.core.row_losses import register_row_loss
 from bigclass.core.stream import Stream
 from bigclass.core.topk import TopK
+from bigclass.core.updates import SlabUpdate
 from bigclass.losses.classwise import Rows, class_vector, one_vs_all
 from bigclass.losses.elementwise import numbers_of, registered
 from bigclass.losses.inputs import check_linear, check_tensor, make_stream
@@ -45,6 +46,7 @@ def linear_binary_cross_entropy(
     softcap: float | None = None,
     logit_scale: float | Tensor | None = None,
     return_topk: int = 0,
+    update: SlabUpdate | None = None,
     engine: str = "auto",
 ) -> Any:
     r"""Binary cross-entropy of every class against few positives a row, without the N x C logits or targets.
@@ -67,6 +69,8 @@ def linear_binary_cross_entropy(
             sum_classes) or "none": each row's sum over classes, (...).
         softcap, logit_scale: as in `linear_cross_entropy`.
         return_topk: k > 0 also returns the k largest logits and their classes, from the same pass (for precision at k while training).
+        update: a `bigclass.optim.SlabOptimizer` that holds linear_weight, or a `GradAccumulator`: takes the weight's gradient slab by slab
+            in the backward, so that no C x D gradient exists (`linear_weight.grad` is left alone). One rank, and outside a traced graph.
         engine: "auto", "dense" (materialises), "tiled", "fused".
 
     Returns:
@@ -84,7 +88,7 @@ def linear_binary_cross_entropy(
     return linear_elementwise_loss(
         input, linear_weight, positives, loss="bce", linear_bias=linear_bias, weight=weight, pos_weight=pos_weight,
         label_smoothing=label_smoothing, reduction=reduction, softcap=softcap, logit_scale=logit_scale, return_topk=return_topk,
-        engine=engine,
+        update=update, engine=engine,
     )  # fmt: skip
 
 
@@ -190,6 +194,7 @@ def linear_elementwise_loss(
     softcap: float | None = None,
     logit_scale: float | Tensor | None = None,
     return_topk: int = 0,
+    update: SlabUpdate | None = None,
     engine: str = "auto",
     **options: float,
 ) -> Any:
@@ -208,7 +213,7 @@ def linear_elementwise_loss(
     stream, targets = _inputs(input, linear_weight, positives, linear_bias, softcap, logit_scale)
     return streamed_loss(
         stream, input.shape[:-1], targets, loss, options, weight=weight, pos_weight=pos_weight, label_smoothing=label_smoothing,
-        reduction=reduction, return_topk=return_topk, engine=engine,
+        reduction=reduction, return_topk=return_topk, update=update, engine=engine,
     )  # fmt: skip
 
 
@@ -222,6 +227,7 @@ def linear_zlpr_loss(
     softcap: float | None = None,
     logit_scale: float | Tensor | None = None,
     return_topk: int = 0,
+    update: SlabUpdate | None = None,
     engine: str = "auto",
 ) -> Any:
     r"""ZLPR: log(1 + sum over negatives of e^s) + log(1 + sum over positives of e^-s), a ranking around zero.
@@ -239,7 +245,7 @@ def linear_zlpr_loss(
     Su et al., "ZLPR: A Novel Loss for Multi-label Classification", arXiv:2208.02955, equation 6.
     """
     stream, targets = _inputs(input, linear_weight, positives, linear_bias, softcap, logit_scale)
-    return zlpr_loss(stream, input.shape[:-1], targets, reduction=reduction, return_topk=return_topk, engine=engine)
+    return zlpr_loss(stream, input.shape[:-1], targets, reduction=reduction, return_topk=return_topk, update=update, engine=engine)
 
 
 def _inputs(input: Tensor, linear_weight: Tensor, positives: Any, linear_bias, softcap, logit_scale) -> tuple[Stream, Positives | Tensor]:
@@ -250,7 +256,8 @@ def _inputs(input: Tensor, linear_weight: Tensor, positives: Any, linear_bias, s
 
 def streamed_loss(
     stream: Stream, lead: torch.Size, targets: Positives | Tensor, loss: str, options: dict[str, Any], *, weight: Tensor | None = None,
-    pos_weight: Tensor | None = None, label_smoothing: float = 0.0, reduction: str = "mean", return_topk: int = 0, engine: str = "auto",
+    pos_weight: Tensor | None = None, label_smoothing: float = 0.0, reduction: str = "mean", return_topk: int = 0,
+    update: SlabUpdate | None = None, engine: str = "auto",
 ) -> Any:  # fmt: skip
     """`linear_elementwise_loss` of a stream whose N rows are `lead`, against checked targets."""
     found = registered(loss)
@@ -259,7 +266,7 @@ def streamed_loss(
         raise ArgumentError(f"label_smoothing: expected a value in [0, 1], got {label_smoothing}")
     vectors = [_class_vector(name, v, stream) for name, v in (("weight", weight), ("pos_weight", pos_weight))]
     targets = _smoothed(targets, label_smoothing, stream)
-    rows = Rows.of(stream, reduction, engine, _observed(return_topk, stream))
+    rows = Rows.of(stream, reduction, engine, _observed(return_topk, stream), update)
     made, seen = one_vs_all(stream, targets, found, numbers, rows, weight=vectors[0], pos_weight=vectors[1])
     return _result(made, seen, lead, rows)
 
@@ -274,12 +281,13 @@ def zlpr_row_loss(folds, picked, args, numbers):
 
 
 def zlpr_loss(
-    stream: Stream, lead: torch.Size, targets: Positives | Tensor, *, reduction: str = "mean", return_topk: int = 0, engine: str = "auto"
-) -> Any:
+    stream: Stream, lead: torch.Size, targets: Positives | Tensor, *, reduction: str = "mean", return_topk: int = 0,
+    update: SlabUpdate | None = None, engine: str = "auto",
+) -> Any:  # fmt: skip
     """`linear_zlpr_loss` of a stream whose N rows are `lead`, against checked targets."""
     if isinstance(targets, Tensor) or targets.values is not None or targets.floor:
         raise ArgumentError("positives: ZLPR takes sparse positives without values: padded indices (..., K), or CSR (indptr, indices)")
-    rows = Rows.of(stream, "batchmean" if reduction == "mean" else reduction, engine, _observed(return_topk, stream))
+    rows = Rows.of(stream, "batchmean" if reduction == "mean" else reduction, engine, _observed(return_topk, stream), update)
     there = (targets.picks >= 0).to(stream.accumulate_dtype)
     made, seen = rows.reduce(stream, targets.picks, (LogSumExp(exclude_picks=True),), "zlpr", [there])
     return _result(made, seen, lead, rows)

@@ -12,7 +12,7 @@ Sums are in fp32 (fp64); a slab of dw is finished, and cast once, when its last 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,15 +21,20 @@ from bigclass.core.engines.pages import fresh
 from bigclass.core.engines.tiles import Span, TileMaker, product, spans
 from bigclass.core.folds import Fold, State, Tile
 
+OnSlab = Callable[[int, int, Tensor], None]  # (first class, class behind the last, their finished dw in fp32, to be used up)
+
 
 class Sink:
     """Gradients of the tensors flagged in `needs` (the stream's tensors, then the folds').
 
     keep_wide: leave dw (and what else was summed over chunks) in fp32, for an upstream factor that is not known yet.
     whole: dw is summed over all chunks of rows before any slab is finished.
+    on_slab: takes each slab's dw (of the one pair there is), which is then not stored.
     """
 
-    def __init__(self, maker: TileMaker, folds: Sequence[Fold], needs: Sequence[bool], *, keep_wide: bool, whole: bool) -> None:
+    def __init__(
+        self, maker: TileMaker, folds: Sequence[Fold], needs: Sequence[bool], *, keep_wide: bool, whole: bool, on_slab: OnSlab | None = None
+    ) -> None:
         self.maker, self.folds, self.rows = maker, folds, maker.rows
         # A power of two about N, undone exactly in the products. At most 4096, so that a sum over rows does not overflow instead.
         low = torch.float16 in maker.operand_dtypes and keep_wide
@@ -48,7 +53,9 @@ class Sink:
             return acc if keep_wide else t.dtype
 
         self.dx = [x.new_zeros(x.shape, dtype=final(x)) if need else None for (x, _), need in zip(st.pairs, self.need_x, strict=True)]
-        self.dw = [fresh(w, w.shape, final(w)) if need else None for (_, w), need in zip(st.pairs, self.need_w, strict=True)]
+        self.on_slab = on_slab
+        stored = [need and on_slab is None for need in self.need_w]
+        self.dw = [fresh(w, w.shape, final(w)) if need else None for (_, w), need in zip(st.pairs, stored, strict=True)]
         like, c = st.tensors[0], maker.c
         self.db = like.new_zeros(c, dtype=acc) if self.need_bias or (need_scale and st.bias is not None) else None
         self.dcs = like.new_zeros(c, dtype=acc) if self.need_cs else None
@@ -211,6 +218,8 @@ class Sink:
                 self.dcs[c.start : c.stop].add_((st.pairs[p][1][c.start : c.stop].to(maker.dtype) * total).sum(1))
             if st.class_scale is not None:
                 total.mul_(st.class_scale[c.start : c.stop].to(maker.dtype).unsqueeze(-1))
+            if self.on_slab is not None:
+                self.on_slab(c.start, c.stop, total)
             out = self.dw[p]
             if out is not None and out is not self._dw_sum[p]:
                 out[c.start : c.stop].copy_(total)
@@ -242,6 +251,10 @@ class Sink:
         for t in self.dw:
             if t is not None:
                 t.zero_()
+        if self.on_slab is not None:
+            w = self.maker.stream.pairs[0][1]
+            for c in spans(self.maker.c, max((1 << 20) // w.shape[1], 1)):
+                self.on_slab(c.start, c.stop, w.new_zeros((c.size, w.shape[1]), dtype=self.maker.dtype))
 
     def finish(self) -> list[Tensor]:
         """The gradients that were needed, in order."""

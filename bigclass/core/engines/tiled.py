@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from bigclass.core.engines.sink import Sink
+from bigclass.core.engines.sink import OnSlab, Sink
 from bigclass.core.engines.slabs import slab_loss
 from bigclass.core.engines.tiles import Rows, Span, TileMaker, Upstream, add_picks, logit_gradient, spans
 from bigclass.core.folds import Fold, State
@@ -88,11 +88,14 @@ def reduce(
 def reduce_backward(
     stream: Stream, picks: Tensor | None, keep: Tensor | None, folds: Sequence[Fold], plan: Plan,
     states: Sequence[State], grads: Sequence[Sequence[Tensor | None]], h: Tensor | None, needs: Sequence[bool],
+    on_slab: OnSlab | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    """Gradients of the needed tensors, from the states and what reached them. The tiles are made again."""
+    """Gradients of the needed tensors, from the states and what reached them. The tiles are made again.
+
+    on_slab: takes that of the only weight a slab at a time, which is then not among those returned."""
     rows = Rows(stream.shape[0], keep)
     maker = TileMaker(stream, picks, rows)
-    sink = Sink(maker, folds, needs, keep_wide=False, whole=False)
+    sink = Sink(maker, folds, needs, keep_wide=False, whole=False, on_slab=on_slab)
     if rows.count == 0:
         sink.no_rows()
         return sink.finish()

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from bigclass.core.engines.fused import compose, kernels, launch
-from bigclass.core.engines.sink import Sink
+from bigclass.core.engines.sink import OnSlab, Sink
 from bigclass.core.engines.support import interpreting
 from bigclass.core.engines.tiles import Rows, Span, TileMaker, product, spans
 from bigclass.core.folds import Fold, State, SumFold
@@ -297,11 +297,12 @@ def picks_shape(picks: Picks) -> tuple[int, int]:
 def reduce_backward(
     stream: Stream, picks: Tensor | None, keep: Tensor | None, folds: Sequence[Fold], plan: Plan,
     states: Sequence[State], grads: Sequence[Sequence[Tensor | None]], h: Tensor | None, needs: Sequence[bool],
+    on_slab: OnSlab | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of the needed tensors, from the states and what reached them. Tiles are made again, a slab of classes at a time."""
     source = _Source(stream, picks, folds, keep)
     maker, n = source.maker, stream.shape[0]
-    sink = Sink(maker, folds, needs, keep_wide=False, whole=False)
+    sink = Sink(maker, folds, needs, keep_wide=False, whole=False, on_slab=on_slab)
     everything = Span(0, n)
     if n == 0:
         sink.no_rows()
