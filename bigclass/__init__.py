@@ -2,13 +2,26 @@
 
 from typing import Any
 
+from bigclass import metrics, optim
 from bigclass.core.errors import ArgumentError, ArgumentTypeError
 from bigclass.core.plan import Plan, explain, planning
-from bigclass.heads import CCEHead, LazyLogits, LMHead, LogitsWarning
+from bigclass.core.triton_form import triton_form
+from bigclass.core.updates import GradAccumulator
+from bigclass.heads import CCEHead, LazyLogits, LMHead, LogitsWarning, MultiLabelHead
 from bigclass.heads.criteria import convert_criterion
 from bigclass.integrations import convert_head, restore_head
 from bigclass.losses.cross_entropy import linear_cross_entropy, linear_poly_cross_entropy
+from bigclass.losses.elementwise import ElementwiseLoss, register_elementwise_loss
 from bigclass.losses.log_prob import linear_log_prob, linear_logsumexp, linear_topk
+from bigclass.losses.multilabel import (
+    TopClasses,
+    linear_asymmetric_loss,
+    linear_binary_cross_entropy,
+    linear_elementwise_loss,
+    linear_focal_loss,
+    linear_squared_hinge_loss,
+    linear_zlpr_loss,
+)
 from bigclass.losses.softmax import Stats
 from bigclass.losses.targets import SparseTarget
 
@@ -18,22 +31,36 @@ __all__ = [
     "ArgumentError",
     "ArgumentTypeError",
     "CCEHead",
+    "ElementwiseLoss",
+    "GradAccumulator",
     "LMHead",
     "LazyLogits",
     "LogitsWarning",
+    "MultiLabelHead",
     "Plan",
     "SparseTarget",
     "Stats",
+    "TopClasses",
     "convert_criterion",
     "convert_head",
     "explain",
+    "linear_asymmetric_loss",
+    "linear_binary_cross_entropy",
     "linear_cross_entropy",
+    "linear_elementwise_loss",
+    "linear_focal_loss",
     "linear_log_prob",
     "linear_logsumexp",
     "linear_poly_cross_entropy",
+    "linear_squared_hinge_loss",
     "linear_topk",
+    "linear_zlpr_loss",
+    "metrics",
+    "optim",
     "planning",
+    "register_elementwise_loss",
     "restore_head",
+    "triton_form",
 ]
 
 

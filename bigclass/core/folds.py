@@ -105,6 +105,7 @@ class Fold:
     tensor_axes: ClassVar[tuple[str, ...]] = ()
     differentiable: ClassVar[tuple[bool, ...]] = ()  # for each part of the state
     overwrites: ClassVar[bool] = False  # are `lift_in_place` and `gradient_in_place` there?
+    weight: ClassVar[int] = 0  # of its Triton forms: 0, a few registers a logit; 2, a dozen; 3, more (fused/launch.py chooses tiles by it)
 
     def identity(self, n: int, like: Tensor) -> State:
         """The neutral state of n rows, in like's dtype and device."""

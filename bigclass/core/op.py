@@ -172,8 +172,11 @@ def _handed_on(
     def evaluate(states, picked, chunk, mask):
         return _row_loss_gradients(row_loss, list(numbers), folds, states, picked, chunk, [False] * len(args), mask)
 
-    forward, backward = (make_plan(replace(work, grad=grad), name, replace(settings(), gradients="recompute")) for grad in (False, True))
-    problem = Problem(stream, picks, keep, tuple(folds), tuple(observed), tuple(args), evaluate, forward, backward, update)
+    options = replace(settings(), gradients="recompute")
+    problem = Problem(
+        stream, picks, keep, tuple(folds), tuple(observed), tuple(args), evaluate,
+        make_plan(replace(work, grad=False), name, options), make_plan(work, name, options), update,
+    )  # fmt: skip
     loss, seen = handed_on(problem, tensors)
     return loss, [_squeeze(s) for s in seen]
 

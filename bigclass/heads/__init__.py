@@ -2,5 +2,6 @@
 
 from bigclass.heads.lazy import LazyLogits, LogitsWarning
 from bigclass.heads.linear import CCEHead, LMHead
+from bigclass.heads.multilabel import MultiLabelHead
 
-__all__ = ["CCEHead", "LMHead", "LazyLogits", "LogitsWarning"]
+__all__ = ["CCEHead", "LMHead", "LazyLogits", "LogitsWarning", "MultiLabelHead"]

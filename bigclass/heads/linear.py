@@ -37,8 +37,8 @@ def is_plain_linear(module: nn.Module | None) -> TypeGuard[nn.Linear]:
     return type(module) is nn.Linear or (type(module).__module__, type(module).__name__) == ("timm.layers.linear", "Linear")
 
 
-class _LinearHead(nn.Linear):
-    """What CCEHead and LMHead share: logits, loss and prediction under one soft cap and scale."""
+class LinearHead(nn.Linear):
+    """What heads share: logits, loss and prediction under one soft cap and scale."""
 
     # options and their defaults; of the class, so that an nn.Linear that becomes a head (`adopt`) has them
     softcap: float | None = None
@@ -65,15 +65,16 @@ class _LinearHead(nn.Linear):
         Raises:
             TypeError: for any other module. ValueError: for options that cannot work.
         """
-        if not is_plain_linear(linear) and not isinstance(linear, _LinearHead):
+        if not is_plain_linear(linear) and not isinstance(linear, LinearHead):
             raise ArgumentTypeError(f"linear: expected an nn.Linear, got {type(linear).__module__}.{type(linear).__qualname__}")
         _check_bare(linear)
         made = cls.__new__(cls)
         nn.Module.__init__(made)
         made._set(options)  # raises before anything of `linear` is changed
         linear.__class__ = cls
-        for name in (*_LinearHead._OPTIONS, *LMHead._OWN):  # those of another head, too
-            linear.__dict__.pop(name, None)
+        for other in LinearHead.__subclasses__():  # what it was before, too
+            for name in (*other._OPTIONS, *other._OWN):
+                linear.__dict__.pop(name, None)
         linear.__dict__.update({name: made.__dict__[name] for name in (*cls._OPTIONS, *cls._OWN)})
         return linear
 
@@ -139,11 +140,11 @@ class _LinearHead(nn.Linear):
         return self(features, target, **options)
 
     def extra_repr(self) -> str:
-        extra = [f"{name}={getattr(self, name)!r}" for name in self._OPTIONS if getattr(self, name) != getattr(_LinearHead, name)]
+        extra = [f"{name}={getattr(self, name)!r}" for name in self._OPTIONS if getattr(self, name) != getattr(LinearHead, name)]
         return ", ".join([super().extra_repr(), *extra])
 
 
-class CCEHead(_LinearHead):
+class CCEHead(LinearHead):
     r"""A linear classifier over many classes, with cross-entropy streamed.
 
     `head(features)` gives logits (..., C): in training lazy ones, on which an unchanged criterion runs streamed, in evaluation and under
@@ -190,7 +191,7 @@ class CCEHead(_LinearHead):
         return self._loss(features, target, weight=weight, reduction=reduction, return_stats=return_stats)
 
 
-class LMHead(_LinearHead):
+class LMHead(LinearHead):
     r"""A language model's output layer, with the next-token loss streamed.
 
     `head(hidden)` gives logits (..., T, C), lazy in training as those of `CCEHead`.

@@ -38,6 +38,7 @@ class ElementwiseLoss:
         name: of the loss, for `linear_elementwise_loss(..., loss=name)` and `MultiLabelHead(loss=name)`.
         options: names and defaults of its constants.
         vanishes: are negative(-inf) and its slope exactly 0 for every option? Positives are then left out at no cost.
+        weight: of the Triton forms, see `Fold.weight`: 3 takes tiles that have registers to spare.
 
     Example:
         >>> @bigclass.register_elementwise_loss
@@ -57,6 +58,7 @@ class ElementwiseLoss:
     name: ClassVar[str] = ""
     options: ClassVar[Mapping[str, float]] = {}
     vanishes: ClassVar[bool] = False
+    weight: ClassVar[int] = 3
 
     @staticmethod
     def positive(s: Tensor, *numbers: float) -> Tensor:
@@ -186,6 +188,7 @@ def _fold(cls: type[ElementwiseLoss], suffix: str, reads: tuple[str, ...]) -> ty
         name: ClassVar[str] = f"{cls.name}_{suffix}" if suffix else cls.name
         tensor_axes: ClassVar[tuple[str, ...]] = axes
         vanishes: ClassVar[bool] = cls.vanishes and not mixed
+        weight: ClassVar[int] = cls.weight
 
         @property
         def zero_below(self) -> float:

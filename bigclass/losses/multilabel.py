@@ -131,7 +131,7 @@ def linear_asymmetric_loss(
     clip: float = 0.05,
     eps: float = 1e-8,
     disable_torch_grad_focal_loss: bool = False,
-    reduction: str = "sum",
+    reduction: str = "batchmean",
     **options: Any,
 ) -> Any:
     r"""Asymmetric loss (ASL) of every class: (1 - sigma)^g+ sp(-s) for a positive, -q^g- log(1 - q), q = max(sigma - m, 0), for a negative.
@@ -143,7 +143,7 @@ def linear_asymmetric_loss(
         eps: the least probability inside a logarithm, timm's. With its default a positive below s = -18.4 gets (next to) no gradient;
             0: no such bound.
         disable_torch_grad_focal_loss: take the focusing weights as constants in the gradient, as in timm.
-        reduction: default "sum", as in timm. Everything else: as in `linear_binary_cross_entropy`.
+        reduction: default "batchmean", as in timm. Everything else: as in `linear_binary_cross_entropy`.
 
     Returns, Raises:
         As `linear_binary_cross_entropy`.

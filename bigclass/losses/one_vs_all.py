@@ -57,6 +57,7 @@ class BinaryCrossEntropy(ElementwiseLoss):
 
     name: ClassVar[str] = "bce"
     vanishes: ClassVar[bool] = True
+    weight: ClassVar[int] = 2
 
     @staticmethod
     def positive(s):
@@ -361,6 +362,7 @@ class SquaredHinge(ElementwiseLoss):
     name: ClassVar[str] = "squared_hinge"
     options: ClassVar[Mapping[str, float]] = {"margin": 1.0}
     vanishes: ClassVar[bool] = True
+    weight: ClassVar[int] = 0
 
     @staticmethod
     def zero_below(margin):

@@ -52,28 +52,50 @@ class Config:
     registers: int | None = None
 
 
-# (architecture, bytes of an operand's element) -> (light, heavy, heaviest), see `weight`.
+# (architecture, bytes of an operand's element) -> (light, heavy, heaviest, laden), see `weight`.
 # sm_90: 256x128 rather than 128x256, for a thread then meets half as many classes, whose bias spilled.
 # Not served, and asked for by no public function: an N x C tensor added to the logits beside a fold of three numbers spills up to 1.4 KB;
 # added beside several picks or columns, or stored logits under a cap beside entropy, up to 24 bytes on one architecture or the other.
-TABLE: dict[tuple[str, int], tuple[Config, Config, Config]] = {
-    ("sm_80", 2): (Config(128, 128, 32, 8, 3, False), Config(64, 128, 32, 4, 3, False), Config(64, 64, 32, 8, 3, False)),
-    ("sm_80", 4): (Config(64, 64, 32, 8, 3, False), Config(64, 32, 32, 8, 3, False), Config(64, 32, 32, 8, 3, False)),
-    ("sm_90", 2): (Config(256, 128, 64, 8, 3, True, 8), Config(128, 128, 64, 8, 3, True), Config(128, 64, 64, 8, 3, True)),
-    ("sm_90", 4): (Config(128, 128, 32, 8, 3, True), Config(128, 64, 32, 8, 3, True), Config(64, 64, 32, 8, 3, True)),
-    ("sm_100", 2): (Config(128, 128, 64, 8, 3, True), Config(128, 64, 64, 8, 2, True), Config(128, 64, 64, 8, 2, True)),
-    ("sm_100", 4): (Config(128, 128, 32, 8, 3, True), Config(128, 64, 32, 8, 3, True), Config(128, 32, 32, 8, 3, True)),
+_SMALL = Config(32, 64, 32, 4, 1, False, 2)
+TABLE: dict[tuple[str, int], tuple[Config, Config, Config, Config]] = {
+    ("sm_80", 2): (
+        Config(128, 128, 32, 8, 3, False), Config(64, 128, 32, 4, 3, False),
+        Config(64, 64, 32, 8, 3, False), Config(64, 32, 32, 8, 3, False),
+    ),
+    ("sm_80", 4): (
+        Config(64, 64, 32, 8, 3, False), Config(64, 32, 32, 8, 3, False),
+        Config(64, 32, 32, 8, 3, False), Config(64, 32, 32, 8, 3, False),
+    ),
+    ("sm_90", 2): (
+        Config(256, 128, 64, 8, 3, True, 8), Config(128, 128, 64, 8, 3, True),
+        Config(128, 64, 64, 8, 3, True), Config(64, 32, 64, 8, 3, True),
+    ),
+    ("sm_90", 4): (
+        Config(128, 128, 32, 8, 3, True), Config(128, 64, 32, 8, 3, True),
+        Config(64, 64, 32, 8, 3, True), Config(64, 32, 32, 8, 3, True),
+    ),
+    ("sm_100", 2): (
+        Config(128, 128, 64, 8, 3, True), Config(128, 64, 64, 8, 2, True),
+        Config(128, 64, 64, 8, 2, True), Config(64, 32, 64, 8, 3, True),
+    ),
+    ("sm_100", 4): (
+        Config(128, 128, 32, 8, 3, True), Config(128, 64, 32, 8, 3, True),
+        Config(128, 32, 32, 8, 3, True), Config(64, 32, 32, 8, 3, True),
+    ),
     # small, so that small tests have ragged ends in every direction
-    ("interpreter", 2): (Config(64, 64, 32, 4, 1, False, 2), Config(32, 64, 32, 4, 1, False, 2), Config(32, 64, 32, 4, 1, False, 2)),
-    ("interpreter", 4): (Config(64, 64, 32, 4, 1, False, 2), Config(32, 64, 32, 4, 1, False, 2), Config(32, 64, 32, 4, 1, False, 2)),
-}
+    ("interpreter", 2): (Config(64, 64, 32, 4, 1, False, 2), _SMALL, _SMALL, _SMALL),
+    ("interpreter", 4): (Config(64, 64, 32, 4, 1, False, 2), _SMALL, _SMALL, _SMALL),
+}  # fmt: skip
 
-# Bytes of an element -> (light and heavy, heaviest), on every architecture, where rows are no whole 16 bytes: pointers then take the
+# Bytes of an element -> (light and heavy, heaviest, laden), on every architecture, where rows are no whole 16 bytes: pointers then take the
 # registers of a large tile.
 POINTERS = {
-    2: (Config(128, 64, 32, 8, 3, False), Config(64, 64, 32, 8, 3, False)),
-    4: (Config(64, 32, 32, 8, 3, False), Config(64, 32, 32, 8, 3, False)),
+    2: (Config(128, 64, 32, 8, 3, False), Config(64, 64, 32, 8, 3, False), Config(64, 32, 32, 8, 3, False)),
+    4: (Config(64, 32, 32, 8, 3, False), Config(64, 32, 32, 8, 3, False), Config(64, 32, 32, 8, 3, False)),
 }
+
+# Laden folds of products that lie in memory: nothing is multiplied, so nothing is lost by a small tile.
+STORED = Config(32, 64, 32, 8, 1, False)
 
 # fp32 products by fused multiply-adds, which use no tensor cores and hold their operands in registers: one small tile for all (larger
 # ones spill hundreds on sm_90). Left to itself the assembler stops at 64 to 80 registers, for the sake of more programs, and spills three.
@@ -94,24 +116,29 @@ def architecture(device: torch.device) -> str:
 
 
 def weight(folds: Sequence[Fold], *, given: bool = False, searched: bool = False, bent: bool = False) -> int:
-    """What the registers must hold beside the logits: 0 (light), 1 (heavy) or 2 (heaviest).
+    """What the registers must hold beside the logits: 0 (light), 1 (heavy), 2 (heaviest) or 3 (laden).
 
     Light: a lone fold of at most two numbers a row. Heavy: several folds, columns, a tile searched for its picks (a fold counts them, even
     one, or there are several a row), bent: the gradient under a map, which keeps z beside s and G. Heaviest: an N x C tensor is read,
-    or a fold has three numbers or more (entropy).
+    or a fold has three numbers or more (entropy). Laden: a fold says so of its own terms (`Fold.weight`).
     """
+    own = max([f.weight for f in folds], default=0)
+    if own == 3:
+        return 3
     if given or any("grid" in f.tensor_axes[: len(f.tensors)] or len(f.differentiable) > 2 for f in folds):
         return 2
-    return int(len(folds) != 1 or folds[0].axis != "rows" or searched or bent)
+    return max(own, int(len(folds) != 1 or folds[0].axis != "rows" or searched or bent))
 
 
 def config(name: str, dtype: torch.dtype, weight: int, *, described: bool = True, products: bool = True) -> Config:
     """The tile on an architecture. described: can descriptors address the operands? products: are there any, or are logits stored?"""
     if products and dtype == torch.float32 and precision(dtype) == "ieee" and name != "interpreter":
         return IEEE
+    if not products and weight == 3 and name != "interpreter":
+        return STORED
     if described or name == "interpreter":
         return TABLE[name, dtype.itemsize][weight]
-    return POINTERS[dtype.itemsize][weight == 2]
+    return POINTERS[dtype.itemsize][max(weight - 1, 0)]
 
 
 def processors(device: torch.device) -> int:
