@@ -277,7 +277,7 @@ def zlpr_row_loss(folds, picked, args, numbers):
     factor, there = args
     lowest = torch.finfo(picked.dtype).min  # not -inf: the log-sum-exp of a row without positives would have NaN for a gradient
     positives = torch.where(there > 0, -picked, lowest).logsumexp(1)
-    return factor * (F.softplus(log_sum_exp(folds[0])) + F.softplus(positives))
+    return -factor * (F.logsigmoid(-log_sum_exp(folds[0])) + F.logsigmoid(-positives))  # F.softplus drops e^-u above 20
 
 
 def zlpr_loss(

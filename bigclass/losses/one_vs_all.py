@@ -334,7 +334,7 @@ class Poly(ElementwiseLoss):
     @classmethod
     def mixture(cls, s, t, p, epsilon, gamma, alpha):
         missing = t * torch.sigmoid(-s) + (1.0 - t) * torch.sigmoid(s)
-        value = BinaryCrossEntropy.mixture(s, t, p) + epsilon * missing
+        value = BinaryCrossEntropy.mixture(s, t, p) + epsilon * missing * (1.0 - t + t * p)
         if gamma:
             value = value * _missing(missing).pow(gamma)
         return value if alpha < 0.0 else value * (t * alpha + (1.0 - t) * (1.0 - alpha))
@@ -344,12 +344,13 @@ class Poly(ElementwiseLoss):
         log1p, up, down = logistic(s)
         missing = t * down + (1.0 - t) * up
         share = tl.where(alpha < 0.0, 1.0, t * alpha + (1.0 - t) * (1.0 - alpha))
-        return share * (cross_entropy(s, 1.0 - t, t * p, log1p) + epsilon * missing) * power(missing, gamma)
+        return share * (cross_entropy(s, 1.0 - t, t * p, log1p) + epsilon * (1.0 - t + t * p) * missing) * power(missing, gamma)
 
     @triton_form_with(logistic=logistic, cross_entropy=cross_entropy, power=power)
     def mixture_slope_triton(s, t, p, epsilon, gamma, alpha):
         log1p, up, down = logistic(s)
         missing, turn = tl.maximum(t * down + (1.0 - t) * up, 1e-38), (1.0 - 2.0 * t) * up * down
+        epsilon *= 1.0 - t + t * p
         value = cross_entropy(s, 1.0 - t, t * p, log1p) + epsilon * missing
         share = tl.where(alpha < 0.0, 1.0, t * alpha + (1.0 - t) * (1.0 - alpha))
         return share * power(missing, gamma) * ((1.0 - t) * up - t * p * down + epsilon * turn + gamma * value * turn / missing)
@@ -362,7 +363,7 @@ class SquaredHinge(ElementwiseLoss):
     name: ClassVar[str] = "squared_hinge"
     options: ClassVar[Mapping[str, float]] = {"margin": 1.0}
     vanishes: ClassVar[bool] = True
-    weight: ClassVar[int] = 0
+    weight: ClassVar[int] = 2
 
     @staticmethod
     def zero_below(margin):

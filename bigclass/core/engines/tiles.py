@@ -282,7 +282,7 @@ def logit_gradient(
 
 def add_picks(g: Tensor, where: Where, r: Span, up: Upstream) -> None:
     """g += the picks' own gradients."""
-    if where is None or up.h is None:
+    if where is None or up.h is None or g.numel() == 0:
         return
     flat, inside = where
     h = torch.where(inside, up.h[r.start - up.start : r.stop - up.start], 0.0)

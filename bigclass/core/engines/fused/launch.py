@@ -52,6 +52,11 @@ class Config:
     registers: int | None = None
 
 
+def _laden(BM: int, BN: int, BK: int, stages: int, tma: bool) -> Config:
+    """A tile of 8 logits a thread, with all the registers they want: the assembler would stop at 80 or 128 and spill one to four."""
+    return Config(BM, BN, BK, 8, stages, tma, registers=255)
+
+
 # (architecture, bytes of an operand's element) -> (light, heavy, heaviest, laden), see `weight`.
 # sm_90: 256x128 rather than 128x256, for a thread then meets half as many classes, whose bias spilled.
 # Not served, and asked for by no public function: an N x C tensor added to the logits beside a fold of three numbers spills up to 1.4 KB;
@@ -60,27 +65,27 @@ _SMALL = Config(32, 64, 32, 4, 1, False, 2)
 TABLE: dict[tuple[str, int], tuple[Config, Config, Config, Config]] = {
     ("sm_80", 2): (
         Config(128, 128, 32, 8, 3, False), Config(64, 128, 32, 4, 3, False),
-        Config(64, 64, 32, 8, 3, False), Config(64, 32, 32, 8, 3, False),
+        Config(64, 64, 32, 8, 3, False), _laden(64, 32, 32, 3, False),
     ),
     ("sm_80", 4): (
         Config(64, 64, 32, 8, 3, False), Config(64, 32, 32, 8, 3, False),
-        Config(64, 32, 32, 8, 3, False), Config(64, 32, 32, 8, 3, False),
+        Config(64, 32, 32, 8, 3, False), _laden(64, 32, 32, 3, False),
     ),
     ("sm_90", 2): (
         Config(256, 128, 64, 8, 3, True, 8), Config(128, 128, 64, 8, 3, True),
-        Config(128, 64, 64, 8, 3, True), Config(64, 32, 64, 8, 3, True),
+        Config(128, 64, 64, 8, 3, True), _laden(64, 32, 64, 3, True),
     ),
     ("sm_90", 4): (
         Config(128, 128, 32, 8, 3, True), Config(128, 64, 32, 8, 3, True),
-        Config(64, 64, 32, 8, 3, True), Config(64, 32, 32, 8, 3, True),
+        Config(64, 64, 32, 8, 3, True), _laden(64, 32, 32, 3, True),
     ),
     ("sm_100", 2): (
         Config(128, 128, 64, 8, 3, True), Config(128, 64, 64, 8, 2, True),
-        Config(128, 64, 64, 8, 2, True), Config(64, 32, 64, 8, 3, True),
+        Config(128, 64, 64, 8, 2, True), _laden(64, 32, 64, 3, True),
     ),
     ("sm_100", 4): (
         Config(128, 128, 32, 8, 3, True), Config(128, 64, 32, 8, 3, True),
-        Config(128, 32, 32, 8, 3, True), Config(64, 32, 32, 8, 3, True),
+        Config(128, 32, 32, 8, 3, True), _laden(64, 32, 32, 3, True),
     ),
     # small, so that small tests have ragged ends in every direction
     ("interpreter", 2): (Config(64, 64, 32, 4, 1, False, 2), _SMALL, _SMALL, _SMALL),
@@ -90,12 +95,12 @@ TABLE: dict[tuple[str, int], tuple[Config, Config, Config, Config]] = {
 # Bytes of an element -> (light and heavy, heaviest, laden), on every architecture, where rows are no whole 16 bytes: pointers then take the
 # registers of a large tile.
 POINTERS = {
-    2: (Config(128, 64, 32, 8, 3, False), Config(64, 64, 32, 8, 3, False), Config(64, 32, 32, 8, 3, False)),
-    4: (Config(64, 32, 32, 8, 3, False), Config(64, 32, 32, 8, 3, False), Config(64, 32, 32, 8, 3, False)),
+    2: (Config(128, 64, 32, 8, 3, False), Config(64, 64, 32, 8, 3, False), _laden(64, 32, 32, 3, False)),
+    4: (Config(64, 32, 32, 8, 3, False), Config(64, 32, 32, 8, 3, False), _laden(64, 32, 32, 3, False)),
 }
 
 # Laden folds of products that lie in memory: nothing is multiplied, so nothing is lost by a small tile.
-STORED = Config(32, 64, 32, 8, 1, False)
+STORED = _laden(32, 64, 32, 1, False)
 
 # fp32 products by fused multiply-adds, which use no tensor cores and hold their operands in registers: one small tile for all (larger
 # ones spill hundreds on sm_90). Left to itself the assembler stops at 64 to 80 registers, for the sake of more programs, and spills three.
