@@ -105,6 +105,12 @@ class Fold:
     tensor_axes: ClassVar[tuple[str, ...]] = ()
     differentiable: ClassVar[tuple[bool, ...]] = ()  # for each part of the state
     overwrites: ClassVar[bool] = False  # are `lift_in_place` and `gradient_in_place` there?
+    literal_numbers: ClassVar[bool] = False  # are the numbers integers that Triton forms take as constants (shapes)?
+
+    @property
+    def group(self) -> int:
+        """Adjacent classes that belong together: engines cut tiles only between groups. Of row folds; C must be whole groups."""
+        return 1
 
     def identity(self, n: int, like: Tensor) -> State:
         """The neutral state of n rows, in like's dtype and device."""
