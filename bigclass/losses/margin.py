@@ -175,7 +175,7 @@ class Margin:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf  # isfinite does not trace
 
 
 def _of_rows(name: str, margin: float | Tensor, target: Tensor | None) -> float | Tensor:
@@ -244,7 +244,7 @@ class Cosines:
         if self.picks.shape[1] > 1:
             fold = GroupedLogSumExp((float(self.picks.shape[1]),), exclude_picks=True)
         if curriculum is not None:
-            fold = CurricularLogSumExp((1.0 / self.scale,), (self._hard(margin, wide), self._level(curriculum, wide)), exclude_picks=True)
+            fold = CurricularLogSumExp((self.scale,), (self._hard(margin, wide), self._level(curriculum, wide)), exclude_picks=True)
         count = float(n) if keep is None else keep.sum(dtype=exact)
         factor = torch.ones_like(f)
         if reduction == "mean":

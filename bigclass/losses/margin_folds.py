@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 @register_fold
 @dataclass(frozen=True, eq=False)
 class CurricularLogSumExp(LogSumExp):
-    """The log-sum-exp state of phi(s_ij), phi(s) = s (t + a s) for s > r_i (a hard negative), else s.
+    """The log-sum-exp state of phi(s_ij), phi(s) = s (t + s / a) for s > r_i (a hard negative), else s.
 
-    tensors: r (N,), t (N,) (the same number in every row, but kept on the device). numbers: a, which undoes the scale in s^2. Constants all
+    tensors: r (N,), t (N,) (the same number in every row, but kept on the device). numbers: a, the scale of s. Constants all
     three. Huang et al., "CurricularFace", arXiv:2004.00288, equation 8: cos (t + cos) where cos > cos(theta_y + m); nothing is
     differentiated through the comparison.
     """
@@ -36,7 +36,7 @@ class CurricularLogSumExp(LogSumExp):
 
     def _bent(self, s: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         r, t = tensors
-        v = (s * self.numbers[0]).add_(t).mul_(s)
+        v = (s * (1.0 / self.numbers[0])).add_(t).mul_(s)
         return torch.where(s > r, v, s) if s.requires_grad else torch.where(s > r, v, s, out=v)
 
     def lift(self, tile, tensors):
@@ -45,12 +45,12 @@ class CurricularLogSumExp(LogSumExp):
 
     def gradient(self, tile, tensors, state, grads, out):
         s = tile.logits(self.exclude_picks)
-        slope = (s * (2.0 * self.numbers[0])).add_(tensors[1]).masked_fill_(~(s > tensors[0]), 1.0)
+        slope = (s * (2.0 / self.numbers[0])).add_(tensors[1]).masked_fill_(~(s > tensors[0]), 1.0)
         return super().gradient(Tile(self._bent(s, tensors)), (), state, grads, out).mul_(slope)
 
     @triton_form
     def lift_triton(s, r, t, a):
-        s = tl.where(s > r, s * (t + s * a), s)
+        s = tl.where(s > r, s * (t + s * (1.0 / a)), s)
         m = tl.max(s, axis=1)
         ref = tl.where(m == float("-inf"), 0.0, m)
         return m, tl.sum(tl.exp2((s - ref[:, None]) * 1.4426950408889634), axis=1)
@@ -59,8 +59,8 @@ class CurricularLogSumExp(LogSumExp):
     def gradient_triton(s, m, l, g, r, t, a):  # noqa: E741
         ref = tl.where(m == float("-inf"), 0.0, m)
         hard = s > r
-        phi = tl.where(hard, s * (t + s * a), s)
-        slope = tl.where(hard, t + 2.0 * a * s, 1.0)
+        phi = tl.where(hard, s * (t + s * (1.0 / a)), s)
+        slope = tl.where(hard, t + s * (2.0 / a), 1.0)
         return tl.exp2((phi - ref[:, None]) * 1.4426950408889634) * slope * g[:, None]
 
 

@@ -74,7 +74,7 @@ def test_hard_negatives_count_as_they_are_bent(engine, n, c, exclude, t, seed):
     x, w = torch.randn(n, 4, generator=g).double(), torch.randn(c, 4, generator=g).double()
     r, at = torch.randn(n, generator=g).double(), torch.randint(c, (n, 1), generator=g)
     x.requires_grad_(), w.requires_grad_()
-    fold = CurricularLogSumExp((0.25,), (r, torch.full((), t, dtype=torch.float64).expand(n)), exclude_picks=exclude)
+    fold = CurricularLogSumExp((4.0,), (r, torch.full((), t, dtype=torch.float64).expand(n)), exclude_picks=exclude)
     with bigclass.planning(workspace=1 << 20):
         (state,), _ = reduce_logits(Stream(((x, w),)), at, (fold,), engine=engine)
         got = log_sum_exp(state)

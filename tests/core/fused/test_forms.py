@@ -111,7 +111,7 @@ class Largest(Fold):
 
 
 # constants of the folds that have some
-NUMBERS = {"tests.fused_hinge": (0.3,), "bce": (0.3,), "tempered_moment": (0.7,), "curricular": (0.02,), "grouped_logsumexp": (4.0,)}
+NUMBERS = {"tests.fused_hinge": (0.3,), "bce": (0.3,), "tempered_moment": (0.7,), "curricular": (50.0,), "grouped_logsumexp": (4.0,)}
 # elementwise folds over N x C targets and class weights, and the largest logits: the tiled engine's
 WITHOUT_FORMS = {"topk", "bce_weighted", "bce_dense", "asymmetric_dense", "poly_dense", "grouped_topk"}
 WITH_FORMS = sorted(name for name, cls in FOLDS.items() if cls.lift_triton or (issubclass(cls, SumFold) and cls.term_triton))
