@@ -41,6 +41,7 @@ from torch import Tensor
 
 from bigclass.core import Dot, Fold, LogSumExp, Map, ShiftedMoment, Softcap, Stream, Total
 from bigclass.extras import require
+from bigclass.losses.margin_folds import CurricularLogSumExp, GroupedLogSumExp
 from bigclass.losses.one_vs_all import LOSSES
 
 if TYPE_CHECKING:
@@ -117,6 +118,10 @@ RECIPES = {
     "focal dense weights": Recipe((_one_vs_all("focal", 1, "dense"),), bias=True, weights=True),
     "stored asymmetric": Recipe((_one_vs_all("asymmetric", 0),), picks=4, bias=True, stored=True),
     "stored asymmetric dense": Recipe((_one_vs_all("asymmetric", 1, "dense"),), bias=True, weights=True, stored=True),
+    "curricular": Recipe((CurricularLogSumExp((64.0,), exclude_picks=True),), picks=1, class_scale=True),
+    "4 centres": Recipe((GroupedLogSumExp((4.0,), exclude_picks=True),), picks=4, class_scale=True),
+    "stored curricular": Recipe((CurricularLogSumExp((64.0,), exclude_picks=True),), picks=1, class_scale=True, stored=True),
+    "stored 4 centres": Recipe((GroupedLogSumExp((4.0,), exclude_picks=True),), picks=4, class_scale=True, stored=True),
     "stored": Recipe((_REST,), picks=1, stored=True),
     "stored entropy": Recipe((_REST, ShiftedMoment()), picks=1, bias=True, stored=True),
 }
@@ -187,7 +192,8 @@ def compile_recipe(recipe: Recipe, dtype: torch.dtype, features: int, arch: str)
     stored = torch.empty(n, c) if recipe.stored else None
 
     def with_tensors(f: Fold) -> Fold:
-        return replace(f, tensors=tuple([grid if a == "grid" else columns for a in f.tensor_axes if a == "grid" or recipe.weights]))
+        at = {"grid": grid, "kept": rows, "folded": columns}
+        return replace(f, tensors=tuple([at[a] for a in f.tensor_axes if a != "folded" or recipe.weights]))
 
     folds = tuple([with_tensors(f) for f in recipe.folds])
     problem = Problem(stream, folds, () if recipe.stored else pairs, n, c, picks, stored=stored)

@@ -7,12 +7,13 @@ from bigclass.core.errors import ArgumentError, ArgumentTypeError
 from bigclass.core.plan import Plan, explain, planning
 from bigclass.core.triton_form import triton_form
 from bigclass.core.updates import GradAccumulator
-from bigclass.heads import CCEHead, LazyLogits, LMHead, LogitsWarning, MultiLabelHead
+from bigclass.heads import CCEHead, LazyLogits, LMHead, LogitsWarning, MarginHead, MultiLabelHead
 from bigclass.heads.criteria import convert_criterion
 from bigclass.integrations import convert_head, restore_head
 from bigclass.losses.cross_entropy import linear_cross_entropy, linear_poly_cross_entropy
 from bigclass.losses.elementwise import ElementwiseLoss, register_elementwise_loss
 from bigclass.losses.log_prob import linear_log_prob, linear_logsumexp, linear_topk
+from bigclass.losses.margin import linear_margin_loss
 from bigclass.losses.multilabel import (
     TopClasses,
     linear_asymmetric_loss,
@@ -36,6 +37,7 @@ __all__ = [
     "LMHead",
     "LazyLogits",
     "LogitsWarning",
+    "MarginHead",
     "MultiLabelHead",
     "Plan",
     "SparseTarget",
@@ -51,6 +53,7 @@ __all__ = [
     "linear_focal_loss",
     "linear_log_prob",
     "linear_logsumexp",
+    "linear_margin_loss",
     "linear_poly_cross_entropy",
     "linear_squared_hinge_loss",
     "linear_topk",

@@ -13,6 +13,7 @@ from bigclass.core.folds import (
     log_sum_exp,
     register_fold,
 )
+from bigclass.core.norms import inverse_norms
 from bigclass.core.op import reduce_logits, stream_loss
 from bigclass.core.plan import Plan, explain, planning
 from bigclass.core.row_losses import register_row_loss
@@ -35,6 +36,7 @@ __all__ = [
     "Total",
     "entropy",
     "explain",
+    "inverse_norms",
     "log_sum",
     "log_sum_exp",
     "planning",

@@ -106,6 +106,12 @@ class Fold:
     differentiable: ClassVar[tuple[bool, ...]] = ()  # for each part of the state
     overwrites: ClassVar[bool] = False  # are `lift_in_place` and `gradient_in_place` there?
     weight: ClassVar[int] = 0  # of its Triton forms: 0, a few registers a logit; 2, a dozen; 3, more (fused/launch.py chooses tiles by it)
+    literal_numbers: ClassVar[bool] = False  # are the numbers integers that Triton forms take as constants (shapes)?
+
+    @property
+    def group(self) -> int:
+        """Adjacent classes that belong together: engines cut tiles only between groups. Of row folds; C must be whole groups."""
+        return 1
 
     def identity(self, n: int, like: Tensor) -> State:
         """The neutral state of n rows, in like's dtype and device."""

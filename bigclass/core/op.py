@@ -18,6 +18,7 @@ registered names, numbers and tensors (recipe.py). The dense engine is the excep
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -443,6 +444,7 @@ def _work(stream: Stream, folds: Sequence[Fold], keep: Tensor | None, *, scalar:
         masked=keep is not None,
         cast=any(t.dtype != dtype for pair, dtype in zip(stream.pairs, products, strict=True) for t in pair),
         laid_out=sum(t.numel() * t.element_size() for t in grids(stream, folds) if t.stride(1) != 1),
+        group=math.lcm(*[f.group for f in folds]),
     )
 
 
@@ -488,6 +490,10 @@ def _check(stream: Stream, picks: Tensor | None, folds: Sequence[Fold], keep: Te
     for f in folds:
         if f.axis not in ("rows", "columns"):
             raise ArgumentError(f"fold {f.name!r}: expected axis 'rows' or 'columns', got {f.axis!r}")
+        if f.group > 1 and (c % f.group or f.axis == "columns"):
+            raise ArgumentError(
+                f"fold {f.name!r}: expected whole groups of {f.group} classes along each row, got axis {f.axis!r} and {c} classes"
+            )
         if keep is not None and f.axis == "columns":
             raise ArgumentError("keep: rows cannot be left out of a column fold; drop them from the operands instead")
         for t, axis in zip(f.tensors, f.tensor_axes, strict=False):

@@ -15,6 +15,7 @@ elementwise passes to find it in cache (CPU).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -156,6 +157,7 @@ class Work:
     device: the device's type. not_fused: why the fused engine cannot take it; None: it can.
     For that engine: narrow: are products of a 16-bit type (not if one operand is wide)? masked: are rows left out? cast: is an operand
     cast for its product? laid_out: bytes of N x C tensors that it copies, for their classes do not lie side by side.
+    group: adjacent classes that no cut may part (`Fold.group`).
     """
 
     n: int
@@ -173,6 +175,7 @@ class Work:
     masked: bool = False
     cast: bool = False
     laid_out: int = 0
+    group: int = 1
 
     def of(self, table: dict[str, int]) -> int:
         """This device's entry of a table."""
@@ -271,7 +274,7 @@ def make_plan(work: Work, engine: str = "auto", options: Settings | None = None)
         aligned = -(-chunk // 16) * 16
         chunk = aligned if aligned <= min(fit, n) else chunk
         row_block = chunk
-        class_block = _even(c, min(elements // chunk, _cast_limit(work, options, 1)))
+        class_block = _even(c, min(elements // chunk, _cast_limit(work, options, 1)), work.group)
         kept = chunk * c * work.item
         why.append(
             f"{chunk} whole rows of logits ({kept / MIB:.1f} MiB) fit the workspace: gradients come with the loss, 3 passes instead of 4"
@@ -285,7 +288,7 @@ def make_plan(work: Work, engine: str = "auto", options: Settings | None = None)
     row_block = max(min(row_block, elements // min(c, 1024), _cast_limit(work, options, 1)), 1)
     row_block = -(-n // -(-n // row_block))
     copies = 2 if work.grad else 1
-    class_block = _even(c, min(elements // row_block, _cast_limit(work, options, copies)))
+    class_block = _even(c, min(elements // row_block, _cast_limit(work, options, copies)), work.group)
     if gradients == "recompute":
         if not work.scalar:
             why.append("the loss is not one sum over rows (or its statistics are wanted), so gradients recompute the tiles: 4 passes")
@@ -339,7 +342,7 @@ def _fused_plan(work: Work, gradients: str, options: Settings, why: list[str]) -
         chunk = -(-n // -(-n // min(fit, n)))
         aligned = -(-chunk // 128) * 128
         chunk = aligned if aligned <= min(fit, n) else chunk
-        class_block = _even(c, max(budget // 8 // (chunk * item + of_class), 256))
+        class_block = _even(c, max(budget // 8 // (chunk * item + of_class), 256), work.group)
         size = chunk * (c * 4 + of_row) + class_block * (chunk * item + of_class)
         why.append(f"{chunk} whole rows of logits fit the workspace: gradients come with the loss, 3 passes instead of 4")
         if work.half:
@@ -355,10 +358,10 @@ def _fused_plan(work: Work, gradients: str, options: Settings, why: list[str]) -
         return Plan("fused", gradients, 0, n, class_block, size + work.laid_out, tuple(why))
     if gradients == "none":
         why.append("no gradients wanted: one pass, logits in registers only")
-        class_block = _even(c, max(budget // 2 // (item * d), 256))  # of a weight that must be cast
+        class_block = _even(c, max(budget // 2 // (item * d), 256), work.group)  # of a weight that must be cast
         return Plan("fused", gradients, 0, n, class_block, n * (64 + of_row) + class_block * of_class + work.laid_out, tuple(why))
     of_class += d * 4 * work.half
-    class_block = _even(c, max(min(SLAB_ELEMENTS // n, budget // 2 // (n * item + of_class)), 256))
+    class_block = _even(c, max(min(SLAB_ELEMENTS // n, budget // 2 // (n * item + of_class)), 256), work.group)
     if not work.scalar:
         why.append("the loss is not one sum over rows (or its statistics are wanted), so gradients recompute the logits: 4 passes")
     elif options.gradients == "recompute":
@@ -370,8 +373,10 @@ def _fused_plan(work: Work, gradients: str, options: Settings, why: list[str]) -
     return Plan("fused", gradients, 0, n, class_block, size + work.laid_out, tuple(why))
 
 
-def _even(total: int, most: int) -> int:
-    """The largest even share of `total` that is at most `most`, rounded up to 64 where that helps alignment."""
+def _even(total: int, most: int, group: int = 1) -> int:
+    """The largest even share of `total` that is at most `most`, in whole groups, rounded up to 64 (of them) where that helps alignment."""
+    if group > 1:
+        return group * _even(total // group, most // group)
     most = max(min(most, total), 1)
     share = -(-total // -(-total // most))
     aligned = -(-share // 64) * 64
@@ -428,6 +433,7 @@ def explain(
         not_fused=reason,
         narrow=half,
         masked=folds is None,
+        group=math.lcm(*[f.group for f in of_folds]),
     )
     plan = make_plan(work, engine)
     return (

@@ -6,7 +6,9 @@ A stream says how the logit of row i and class j is made, without making it:
     s_ij = maps(z_ij)
 
 Several operand pairs are a sum of products (a LoRA head is two pairs, and no copy of w is made).
-`class_scale` is 1/||w_j|| for normalised heads. `given` is a stored N x C tensor, read tile by tile.
+`class_scale` is 1/||w_j|| for normalised heads; `normalized` says that it is, and then dw_j goes through the norm (engines/sink.py)
+and class_scale itself gets no gradient, which would be a second C x D tensor on its way into dw.
+`given` is a stored N x C tensor, read tile by tile.
 The leading scale is not a map of its own but part of z, because a product by a scalar commutes with the GEMM:
 it costs nothing in a tile, and its gradient is sum_ij (dL/dz_ij)(z_ij/scale) = <x, dx_raw> + <b, db_raw>,
 two dot products over N x D and C numbers instead of one more pass over N x C.
@@ -167,6 +169,7 @@ class Stream:
     """How the logits of N rows over C classes are made (module docstring has the formula).
 
     pairs: ((x_p (N, D_p), w_p (C, D_p)), ...). bias: (C,). class_scale: (C,). given: (N, C).
+    normalized: class_scale is `inverse_norms(w)` of the one pair (norms.py), a function of w and no tensor of its own.
     scale: a number times, if `scale_tensor` (shape [] or [1]) is there, a learnable scalar. maps: applied in order.
     compute_dtype: what the products' operands are cast to, tile by tile, on devices with units for it
     (autocast sets it); None: the wider of each pair's dtypes. Sums are always in fp32 (fp64 for fp64 operands).
@@ -180,6 +183,7 @@ class Stream:
     scale_tensor: Tensor | None = None
     maps: tuple[Map, ...] = ()
     compute_dtype: torch.dtype | None = None
+    normalized: bool = False
 
     def __post_init__(self) -> None:
         # A leading Scale is absorbed: exact, and free in every tile.
@@ -249,6 +253,11 @@ class Stream:
         ):
             if t is not None and tuple(t.shape) != shape:
                 raise ArgumentError(f"{label}: expected shape {shape}, got {tuple(t.shape)}")
+        if self.normalized and (len(self.pairs) != 1 or self.class_scale is None or self.class_scale.requires_grad):
+            raise ArgumentError(
+                "normalized: expected one operand pair and, as class_scale, its inverse_norms, which get no gradient of their own; got "
+                f"{len(self.pairs)} pairs and class_scale {'None' if self.class_scale is None else 'that requires one'}"
+            )
         if self.scale_tensor is not None and self.scale_tensor.numel() != 1:
             raise ArgumentError(f"scale: expected a tensor of shape () or (1,), got {tuple(self.scale_tensor.shape)}")
         device = self.device

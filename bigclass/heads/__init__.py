@@ -2,6 +2,7 @@
 
 from bigclass.heads.lazy import LazyLogits, LogitsWarning
 from bigclass.heads.linear import CCEHead, LMHead
+from bigclass.heads.margin import MarginHead
 from bigclass.heads.multilabel import MultiLabelHead
 
-__all__ = ["CCEHead", "LMHead", "LazyLogits", "LogitsWarning", "MultiLabelHead"]
+__all__ = ["CCEHead", "LMHead", "LazyLogits", "LogitsWarning", "MarginHead", "MultiLabelHead"]

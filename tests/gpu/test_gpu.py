@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 import bigclass
 from bigclass.core import LogSumExp, ShiftedMoment, Softcap, Stream, Total, entropy, log_sum_exp, reduce_logits
+from bigclass.losses.margin import linear_margin_loss
+from tests.losses.margin_support import dense_margin_loss
 from tests.support import KINDS, draw, error, exact_nll
 
 ROADS = (("tiled", "forward"), ("tiled", "recompute"), ("fused", "forward"), ("fused", "recompute"))
@@ -101,6 +103,30 @@ def test_folds_columns_picks_and_pairs(engine, dtype):
     )
     for got, truth in zip(run(pairs, scale, bias, engine), want, strict=True):
         assert error(got, truth) < (2e-5 if dtype == torch.float32 else 1e-2)
+
+
+@every_road
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"subcenters": 4}, {"curriculum": torch.tensor(0.3)}, {"kind": "cosface"}], ids=str)
+def test_margin_losses_are_their_formula(road, dtype, options):
+    centres, t = options.get("subcenters", 1), options.get("curriculum")
+    x, w, _, y = problem("flat", 500, 3000 * centres, 256, dtype)
+    y = y // centres
+    margins, beyond_pi = ((1.0, 0.0, 0.4), "plain") if "kind" in options else ((1.0, 0.5, 0.0), "linear")
+    if t is not None:
+        options = {**options, "curriculum": t.cuda()}
+    target = torch.where(torch.arange(500, device="cuda") % 5 > 0, y, -100)
+    kept = target >= 0
+
+    def plain(x, w):
+        rows = dense_margin_loss(x, w, y, margins, scale=16.0, centres=centres, beyond_pi=beyond_pi, t=None if t is None else float(t))
+        return [rows[kept].mean(), *torch.autograd.grad(rows[kept].mean(), (x, w))]
+
+    with bigclass.planning(gradients=road[1]):
+        loss = linear_margin_loss(x, w, target, logit_scale=16.0, engine=road[0], **options)
+    truth = plain(*[v.detach().double().requires_grad_() for v in (x, w)])
+    for z, other, exact_ in zip([loss, *torch.autograd.grad(loss, (x, w))], plain(x, w), truth, strict=True):
+        assert error(z, exact_) <= 1.1 * error(other, exact_) + 2e-6
 
 
 @every_road

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, ClassVar
 
 import pytest
@@ -89,7 +90,7 @@ def csr_of(positives):
 def forms(positives, c):
     """The same targets in every form."""
     indptr, indices = csr_of(positives)
-    order = torch.cat([indices[a:b].sort().values for a, b in zip(indptr[:-1], indptr[1:], strict=True)])
+    order = torch.cat([indices[a:b].sort().values for a, b in itertools.pairwise(indptr)])
     ones = torch.ones(len(indices), dtype=torch.float64)
     return {
         "padded": positives,
@@ -242,7 +243,7 @@ def test_skipping_is_felt(monkeypatch):
 class Logarithmic(bigclass.ElementwiseLoss):
     """A loss from outside, in ten lines: a (log(1 + e^s))^2 for negatives, its mirror image for positives."""
 
-    name, vanishes, options = "tests.logarithmic", True, {"rate": 1.0}  # noqa: RUF012
+    name, vanishes, options = "tests.logarithmic", True, {"rate": 1.0}
 
     @staticmethod
     def negative(s, rate):

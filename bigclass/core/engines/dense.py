@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bigclass.core.folds import Fold, State, Tile
 from bigclass.core.guards import autocast_off
+from bigclass.core.norms import EPSILON
 from bigclass.core.stream import Stream
 
 
@@ -23,9 +25,10 @@ def logits(stream: Stream, keep: Tensor | None = None) -> Tensor:
     for x, w in stream.pairs:
         if keep is not None:
             x = x.masked_fill(~keep.unsqueeze(-1), 0.0)
-        part = torch.mm(x.to(dtype), w.to(dtype).t())
+        w = w.to(dtype)
+        part = torch.mm(x.to(dtype), (F.normalize(w, eps=EPSILON) if stream.normalized else w).t())
         s = part if s is None else s + part
-    if stream.class_scale is not None and s is not None:
+    if stream.class_scale is not None and s is not None and not stream.normalized:
         s = s * stream.class_scale.to(dtype)
     if stream.given is not None:
         given = stream.given.to(dtype)

@@ -6,6 +6,10 @@ From a tile's G = dL/dz (r, c), with y = sum_p x_p w_p^T, z = scale (class_scale
     dw_p    += scale class_scale (G^T x_p)            d(class_scale)_j = scale <w_j, (G^T x)_j>
     dx_p    += scale (G class_scale) w_p              d(scale) = <x, dx/scale> + <bias, db/scale> + <given, G>
 
+Where class_scale_j is r_j = 1/||w_j|| (`Stream.normalized`), dw_j has the part that goes through the norm too, with u = scale G^T x:
+
+    dw_j    = r_j (u_j - r_j^2 <w_j, u_j> w_j)        made in place when the sum is complete
+
 The scales are applied where they cost least: after a product's sum, never to N x C numbers (class_scale excepted, for dx).
 Sums are in fp32 (fp64); a slab of dw is finished, and cast once, when its last row has been seen, a span of dx likewise.
 """
@@ -20,6 +24,7 @@ from torch import Tensor
 from bigclass.core.engines.pages import fresh
 from bigclass.core.engines.tiles import Span, TileMaker, product, spans
 from bigclass.core.folds import Fold, State, Tile
+from bigclass.core.norms import through_norms
 
 OnSlab = Callable[[int, int, Tensor], None]  # (first class, class behind the last, their finished dw in fp32, to be used up)
 
@@ -216,7 +221,9 @@ class Sink:
                 total.mul_(maker.alpha_tensor)
             if self.dcs is not None:
                 self.dcs[c.start : c.stop].add_((st.pairs[p][1][c.start : c.stop].to(maker.dtype) * total).sum(1))
-            if st.class_scale is not None:
+            if st.normalized and st.class_scale is not None:
+                through_norms(total, st.pairs[p][1][c.start : c.stop], st.class_scale[c.start : c.stop])
+            elif st.class_scale is not None:
                 total.mul_(st.class_scale[c.start : c.stop].to(maker.dtype).unsqueeze(-1))
             if self.on_slab is not None:
                 self.on_slab(c.start, c.stop, total)

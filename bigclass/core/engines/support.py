@@ -16,6 +16,7 @@ from bigclass.core.folds import Fold, SumFold
 from bigclass.core.stream import Map, Stream
 
 WIDEST = 1 << 24  # elements from row to row of an N x C tensor that a kernel reads: it counts those of up to 128 rows in 32 bits
+NARROWEST = 32  # classes of its narrowest tile (launch.py): all widths are multiples of it
 OLDEST = (8, 0)  # compute capability: Ampere, the first with asynchronous copies and bf16
 
 
@@ -69,6 +70,8 @@ def form_reason(maps: Sequence[Map], folds: Sequence[Fold]) -> str | None:
             return f"fold {f.name!r} has no Triton form"
         if not isinstance(f, SumFold) and any(f.differentiable) and f.gradient_triton is None:
             return f"fold {f.name!r} has no Triton form of its gradient"
+        if NARROWEST % f.group:
+            return f"fold {f.name!r} folds groups of {f.group} classes, which do not divide its tiles (powers of two up to {NARROWEST} do)"
     return None
 
 

@@ -176,7 +176,10 @@ class TileMaker:
         for p, (x, w) in enumerate(zip(xs, ws, strict=True)):
             product(x, w.t(), out, beta=float(p > 0), alpha=alpha)
         if st.class_scale is not None and xs:
-            out.mul_(st.class_scale[c.start : c.stop].to(self.dtype))
+            factor = st.class_scale[c.start : c.stop].to(self.dtype)
+            if st.given is None and st.bias is None:  # nothing is added before the scale, which then rides along
+                late, factor = False, factor * self.alpha
+            out.mul_(factor)
         if st.given is not None:
             given = self.rows.take(st.given[:, c.start : c.stop], r)
             out.add_(given) if xs else out.copy_(given)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import bigclass
 import bigclass.losses.folds
+import bigclass.losses.margin_folds
 from bigclass.core import Fold, LogSumExp, Map, Stream, SumFold, reduce_logits, register_fold, register_map
 from bigclass.core.engines.support import fused_reason
 from bigclass.core.folds import FOLDS
@@ -111,11 +112,11 @@ class Largest(Fold):
 
 
 # constants of the folds that have some
-NUMBERS = {"tests.fused_hinge": (0.3,), "tempered_moment": (0.7,)}
+NUMBERS = {"tests.fused_hinge": (0.3,), "tempered_moment": (0.7,), "curricular": (50.0,), "grouped_logsumexp": (4.0,)}
 for loss in LOSSES.values():
     options = tuple(loss.loss.options.values())
     NUMBERS |= {cls.name: options for cls in (*loss.negatives, *loss.dense)} | {cls.name: (0.3, *options) for cls in loss.floor}
-WITHOUT_FORMS = {"topk"}
+WITHOUT_FORMS = {"topk", "grouped_topk"}
 WITH_FORMS = sorted(name for name, cls in FOLDS.items() if cls.lift_triton or (issubclass(cls, SumFold) and cls.term_triton))
 MAPS_WITH_FORMS = sorted(name for name, cls in MAPS.items() if cls.forward_triton)
 
@@ -145,6 +146,9 @@ def test_a_fold_and_its_gradient_are_those_of_the_torch_form(name, tensors, axis
     """State after many tiles and merges, and the gradient of a random upstream, both from the same logits."""
     torch.manual_seed(seed)
     cls = FOLDS[name]
+    group = cls(NUMBERS.get(name, ())).group
+    if group > 1:  # of adjacent classes, along rows
+        axis, c = "rows", -(-c // group) * group
     axes = (
         cls.tensor_axes if tensors == "all tensors" else tuple(a for a in cls.tensor_axes if name not in ("total", "dot") or a != "folded")
     )

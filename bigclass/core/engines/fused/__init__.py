@@ -198,11 +198,11 @@ class Problem:
         active = [any(g is not None for g in parts) for parts in grads]
         excluded = [f.exclude_picks for f, there in zip(self.folds, active, strict=True) if there]
         # At the picks the tile is written over, from fp32 and once: with h alone where all folds leave them out, else with what the folds
-        # that count them gave there, which the tile then notes apart.
-        noted = self.k > 0 and not all(excluded)
+        # that count them gave there, which the tile then notes apart. A group must not see its picks either, one of which may be largest.
+        folds = [f for f, there in zip(self.folds, active, strict=True) if there]
+        noted = self.k > 0 and (not all(excluded) or any(f.group > 1 for f in folds))
         searched = self.picks if noted else None
         base = out.new_empty((self.n, self.k), dtype=torch.float32) if noted else None
-        folds = [f for f, there in zip(self.folds, active, strict=True) if there]
         config, device = self._config(folds, searched=noted, bent=bool(self.stream.maps)), self.stream.device
         made = compose.composition(self.stream.maps, [compose.part_of(f, there) for f, there in zip(self.folds, active, strict=True)])
         pointers, numbers_of, constants, filler = self._shared(config)

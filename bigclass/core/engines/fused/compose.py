@@ -47,6 +47,7 @@ class Part:
     columns: bool
     identity: tuple[float, ...]  # of each part of its state
     active: bool = False  # does a gradient reach it?
+    literals: tuple[int, ...] = ()  # its numbers, where they are constants of the text
 
     @property
     def sums(self) -> bool:
@@ -75,7 +76,8 @@ def part_of(f: Fold, active: bool = False) -> Part:
     """The tensor-free part of a fold."""
     fill = tuple(float(t) for t in f.identity(1, torch.empty((), dtype=torch.float32)))
     axes = tuple(f.tensor_axes[: len(f.tensors)])
-    return Part(type(f), len(f.numbers), axes, f.exclude_picks, f.axis == "columns", fill, active)
+    literals = tuple([int(v) for v in f.numbers]) if f.literal_numbers else ()
+    return Part(type(f), len(f.numbers), axes, f.exclude_picks, f.axis == "columns", fill, active, literals)
 
 
 def composition(maps: Sequence[Map], folds: Sequence[Part]) -> Composition:
@@ -131,7 +133,7 @@ class _Text:
         for f in folds:
             self.tensor_numbers.append([self.tensor + i + f.axes[:i].count("grid") for i in range(len(f.axes))])
             self.tensor += len(f.axes) + f.axes.count("grid")
-            self.fold_numbers.append([f"numbers[{self.number + i}]" for i in range(f.numbers)])
+            self.fold_numbers.append([str(v) for v in f.literals] or [f"numbers[{self.number + i}]" for i in range(f.numbers)])
             self.number += f.numbers
         self.states = self.tensor  # where the gradient's states and their gradients begin among the tensors
 

@@ -16,6 +16,8 @@ them, compiled by Triton 3.9 and not timed: registers of a thread / arithmetic i
     rows and columns      224 / 16.7   144 / 12.6     209 / 19.9   181 / 12.4     176 / 26.2   128 / 14.3
     plus given N x C      128 / 36.5    64 / 14.4     229 / 35.7    88 / 10.3     226 / 27.5   174 / 15.3
     N x C targets         108 / 23.4    64 / 14.7     166 / 18.6   120 / 12.9     145 / 17.0   139 / 13.1
+    hard negatives        216 / 14.9   154 / 19.5     236 / 13.4   255 / 15.0     226 / 15.6   176 / 18.4
+    4 centres a class     234 / 32.3   195 / 34.0     211 / 26.7   198 / 46.4     199 / 26.2   104 / 39.2
 """
 
 from __future__ import annotations
