@@ -85,10 +85,10 @@ def measure(shape: Shape, device: torch.device, rounds: int) -> dict[str, object
 
     def with_tiles(variant: dict[str, int], key: tuple[str, int], call):
         """call, with the light and the heavy tile changed (a soft cap's gradient runs the heavy one)."""
-        light, heavy, heaviest = table = launch.TABLE[key]
+        light, heavy, *rest = table = launch.TABLE[key]
 
         def run() -> None:
-            launch.TABLE[key] = (replace(light, **variant), replace(heavy, **variant), heaviest)
+            launch.TABLE[key] = (replace(light, **variant), replace(heavy, **variant), *rest)
             try:
                 call()
             finally:

@@ -64,7 +64,7 @@ def _laden(BM: int, BN: int, BK: int, stages: int, tma: bool) -> Config:
 # Not served, and asked for by no public function: an N x C tensor added to the logits beside a fold of three numbers spills up to 1.4 KB;
 # added beside several picks or columns, or stored logits under a cap beside entropy, up to 24 bytes on one architecture or the other.
 _SMALL = Config(32, 64, 32, 4, 1, False, 2)
-TABLE: dict[tuple[str, int], tuple[Config, Config, Config, Config]] = {
+TABLE: dict[tuple[str, int], tuple[Config, ...]] = {
     ("sm_80", 2): (
         Config(128, 128, 32, 8, 3, False), Config(64, 128, 32, 4, 3, False),
         Config(64, 64, 32, 8, 3, False), _laden(64, 32, 32, 3, False),
