@@ -69,6 +69,53 @@ def test_half_types_add_one_fp32_dw_in_the_forward_plan_and_nothing_in_the_recom
     assert wide * 0.5 <= peak(loss_and_gradients, 1024, c, d, torch.bfloat16, "forward", {}) <= 96 + wide
 
 
+def one_vs_all(n: int, c: int, d: int, loss: str, dense: bool):
+    """A loss over sparse (or dense) positives and its gradients, warmed up on a small problem."""
+
+    def make(n: int, c: int):
+        x, w = torch.randn(n, d, requires_grad=True), (torch.randn(c, d) * 0.1).requires_grad_()
+        positives = torch.randint(0, c, (n, 20))
+        return x, w, torch.zeros(n, c).scatter_(1, positives, 1.0) if dense else positives
+
+    def run(x, w, positives):
+        bigclass.linear_elementwise_loss(x, w, positives, loss=loss, engine="tiled").backward()
+        return x.grad, w.grad
+
+    for _ in range(2):
+        run(*make(64, 3000))
+    problem = make(n, c)
+    return lambda: run(*problem)
+
+
+@pytest.mark.parametrize(("loss", "dense"), [("asymmetric", False), ("asymmetric", True), ("bce", False)])
+def test_one_vs_all_losses_hold_no_matrix_of_logits_or_targets(loss, dense):
+    """timm's asymmetric loss takes about 5 GB here: N=512, C=131072, D=256."""
+    assert peak(one_vs_all, 512, 131072, 256, loss, dense) <= 96
+
+
+def a_step_of_updates(n: int, c: int, d: int, optimizer: str, dtype: torch.dtype):
+    """One training step whose weight is updated slab by slab; the weight and the optimizer's state are there before."""
+    make = {"sgd": lambda p: bigclass.optim.SlabSGD(p, lr=0.1, momentum=0.9), "row adam": lambda p: bigclass.optim.SlabRowAdam(p, lr=0.1)}
+
+    def step(head, optimizer, n, c):
+        x, positives = torch.randn(n, d, dtype=dtype, requires_grad=True), torch.randint(0, c, (n, 20))
+        head(x, positives, update=optimizer, return_topk=5)[0].backward()
+        head.bias.grad = None
+        return ()
+
+    for c_, n_ in ((3000, 64), (c, 4)):  # the second leaves the state of the optimizer there
+        head = bigclass.MultiLabelHead(d, c_, prior=1e-4, dtype=dtype)
+        slabs = make[optimizer]([head.weight])
+        step(head, slabs, n_, c_)
+    return lambda: step(head, slabs, n, c)
+
+
+@pytest.mark.parametrize(("optimizer", "dtype"), [("sgd", torch.float32), ("row adam", torch.bfloat16)])
+def test_updates_in_the_backward_need_no_gradient_of_a_million_classes(optimizer, dtype):
+    """Loss, gradients and the five best classes; the gradient alone would be 488 MiB."""
+    assert peak(a_step_of_updates, 256, 1_000_000, 128, optimizer, dtype) <= 128
+
+
 def no_gradients(n: int, c: int, d: int, dtype: torch.dtype):
     def run(n: int, c: int):
         x, w, y = torch.randn(n, d).to(dtype), torch.randn(c, d).to(dtype), torch.randint(0, c, (n,))

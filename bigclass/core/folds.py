@@ -22,7 +22,7 @@ when `tile.scratch` is None (the dense engine differentiates `lift`, which is al
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
@@ -42,6 +42,7 @@ class Tile:
     """A block of logits, and room to work.
 
     s: (n, c), not to be changed but through this class. scratch: a buffer of the same shape, or None: allocate (dense).
+    work: more of them, by number (`SumFold.lift_with_gradient` has some).
     base: index of the first folded element. picks: where the picked logits are.
     """
 
@@ -52,6 +53,7 @@ class Tile:
         self._picks = picks  # tiled: flat positions in s's memory; those of other tiles point one past its end
         self._mask = mask  # dense: (n, c), True at picks
         self._saved: Tensor | None = None
+        self.work: Callable[[int], Tensor] | None = None
 
     def logits(self, without_picks: bool) -> Tensor:
         """s, with -inf at the picks if asked. Call `restore` before s is read again."""
@@ -428,9 +430,18 @@ class SumFold(Fold):
         torch.mul(slope, g, out=out) if slope.shape == out.shape else out.copy_(slope * g)
         return tile.clear_picks(out) if self.exclude_picks else out
 
+    def slope_in_place(self, s: Tensor, work: Callable[[int], Tensor], tensors: Sequence[Tensor]) -> Tensor | None:
+        """phi(s), in one of the buffers work(0), work(1), ... like s, with phi'(s) left in s; None: not written so."""
+        return None
+
     def lift_with_gradient(self, tile: Tile, tensors: Sequence[Tensor], g: Tensor, out: Tensor) -> State:
         """`lift` and, in `out` (which may be the tile), `gradient` for a g (n, 1) that is known before."""
         s = tile.logits(True) if self.vanishes and self.exclude_picks else tile.s
+        if out is s and tile.work is not None and (self.vanishes or not self.exclude_picks):
+            term = self.slope_in_place(s, tile.work, tensors)
+            if term is not None:
+                s.mul_(g)
+                return (term.sum(-1, keepdim=True),)
         term, slope = self.term_and_slope(s, self.numbers, tensors)
         late = self.exclude_picks and not self.vanishes
         state = ((tile.clear_picks(_own(term, tile)) if late else term).sum(-1, keepdim=True),)

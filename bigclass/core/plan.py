@@ -47,8 +47,9 @@ MIN_CHUNK_ROWS = {"cpu": 128, "other": 1024}
 TILE_ELEMENTS = {"cpu": 11 << 18, "other": 1 << 24}
 CPU_ROW_BLOCK = 2048
 
-# The same for "slabs": elementwise losses take several temporaries of a tile (`SLAB_BUFFERS` of them are planned for).
-SLAB_TILE = {"cpu": 1 << 20, "other": 1 << 24}
+# The same for "slabs": elementwise losses take several temporaries of a tile (`SLAB_BUFFERS` of them are planned for; autograd, for a
+# loss without slopes of its own, takes up to 20).
+SLAB_TILE = {"cpu": 1 << 19, "other": 1 << 24}
 SLAB_BUFFERS = 8
 
 # Elements of a slab of G in the fused engine: 4096 classes at 8192 rows, 64 MiB of bf16 (by the traffic of dx; not measured yet).

@@ -27,6 +27,8 @@ from bigclass.core.guards import autograd_inside_op
 from bigclass.core.row_losses import register_row_loss
 from bigclass.core.triton_form import TritonForm, WrittenForm
 
+Work = Callable[[int], Tensor]
+
 
 class ElementwiseLoss:
     r"""A one-vs-all loss: what a class costs where it is a positive, and where it is not. Register with `register_elementwise_loss`.
@@ -74,6 +76,17 @@ class ElementwiseLoss:
     def negative_with_slope(cls, s: Tensor, *numbers: float) -> tuple[Tensor, Tensor]:
         """(negative, d negative / ds). Overwrite it where both share work."""
         return _with_slope(cls.negative, s, *numbers)
+
+    @classmethod
+    def negative_in_place(cls, s: Tensor, work: Work, *numbers: float) -> Tensor | None:
+        """negative(s), in one of the buffers work(0), work(1), ..., leaving its slope in s: large tensors then cost no allocations,
+        which on a CPU can cost more than the arithmetic. None: not written."""
+        return None
+
+    @classmethod
+    def mixture_in_place(cls, s: Tensor, t: Any, p: Any, work: Work, *numbers: float) -> Tensor | None:
+        """The same of mixture."""
+        return None
 
     @classmethod
     def mixture(cls, s: Tensor, t: Any, p: Any, *numbers: float) -> Tensor:
@@ -207,6 +220,14 @@ def _fold(cls: type[ElementwiseLoss], suffix: str, reads: tuple[str, ...]) -> ty
         @classmethod
         def term_and_slope(cls, s, numbers, tensors):
             return both(s, numbers, tensors)
+
+        def slope_in_place(self, s, work, tensors):
+            t, v, p, options = split(self.numbers, tensors)
+            value = cls.mixture_in_place(s, t, p, work, *options) if mixed else cls.negative_in_place(s, work, *options)
+            if v is not None and value is not None:
+                value.mul_(v)
+                s.mul_(v)
+            return value
 
         term_triton = _form(cls, reads, "")
         slope_triton = _form(cls, reads, "_slope")

@@ -38,9 +38,9 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 
-def _log1p_exp(s: Tensor) -> Tensor:
+def _log1p_exp(s: Tensor, out: Tensor | None = None) -> Tensor:
     """log(1 + e^-|s|), what sp(s) and sp(-s) share. No autograd."""
-    return exp_(s.abs().neg_()).log1p_()
+    return exp_(torch.abs(s, out=out).neg_()).log1p_()
 
 
 def _power(q: Tensor, g: float) -> Tensor:
@@ -71,6 +71,23 @@ class BinaryCrossEntropy(ElementwiseLoss):
     @classmethod
     def negative_with_slope(cls, s):
         return cls.negative(s.detach()), torch.sigmoid(s)
+
+    @classmethod
+    def negative_in_place(cls, s, work):
+        value = _log1p_exp(s, work(0)).add_(torch.clamp(s, min=0.0, out=work(1)))
+        s.sigmoid_()
+        return value
+
+    @classmethod
+    def mixture_in_place(cls, s, t, p, work):
+        if not (isinstance(p, float) and p == 1.0):
+            return None
+        # (1 - t) max(s, 0) + t max(-s, 0) = max(s, 0) - t s, where nothing cancels that counts: it is 0 or s
+        linear = torch.clamp(s, min=0.0, out=work(1))
+        linear.sub_(torch.mul(s, t, out=work(0)))
+        value = _log1p_exp(s, work(0)).add_(linear)
+        s.sigmoid_().sub_(t)
+        return value
 
     @classmethod
     def mixture(cls, s, t, p):
@@ -143,6 +160,19 @@ class Focal(ElementwiseLoss):
         sigma = torch.sigmoid(s)
         slope = (1.0 - sigma).mul_(sp).mul_(gamma).add_(sigma).mul_(power)  # sigma^g [g (1 - sigma) sp + sigma]
         return sp.mul_(power), slope
+
+    @classmethod
+    def negative_in_place(cls, s, work, alpha, gamma):
+        shared, sp, power = _log1p_exp(s, work(0)), work(1), work(2)
+        torch.clamp(s, min=0.0, out=sp).add_(shared)
+        torch.neg(s, out=power).clamp_(min=0.0).add_(shared)  # -log sigma
+        power = exp_(power.mul_(-gamma)) if gamma else power.fill_(1.0)
+        if alpha >= 0.0:
+            power.mul_(1.0 - alpha)
+        s.sigmoid_()
+        other = torch.neg(s, out=shared).add_(1.0)
+        s.add_(other.mul_(sp), alpha=gamma).mul_(power)
+        return sp.mul_(power)
 
     @triton_form_with(logistic=logistic, positive_part=positive_part)
     def negative_triton(s, alpha, gamma):
@@ -259,6 +289,29 @@ class Asymmetric(ElementwiseLoss):
         if gamma_neg != 1.0:
             slope.mul_(_power(q.clamp_min(torch.finfo(q.dtype).tiny) if gamma_neg < 1.0 else q, gamma_neg - 1.0))
         return value.mul_(_power(q, gamma_neg)), slope
+
+    @classmethod
+    def negative_in_place(cls, s, work, gamma_neg, gamma_pos, clip, eps, constant):
+        if clip <= 0.0 or constant or gamma_neg not in (1.0, 2.0, 3.0, 4.0):
+            return None
+        q, log, power = work(0), work(1), work(2)
+        s.sigmoid_()
+        torch.sub(s, clip, out=q).clamp_(min=0.0)
+        s.addcmul_(s, s, value=-1.0)  # d sigma / ds
+        torch.neg(q, out=log).log1p_()
+        if gamma_neg > 1.0:
+            power.copy_(q)
+            for _ in range(int(gamma_neg) - 2):
+                power.mul_(q)
+            s.mul_(power)
+            power.mul_(q)
+        else:
+            power.copy_(q)
+        power.mul_(log).neg_()
+        # q^(g-1) sigma' [q / (1 - q) - g log(1 - q)]
+        rest = torch.neg(q, out=work(3)).add_(1.0)
+        s.mul_(q.div_(rest).add_(log, alpha=-gamma_neg))
+        return power
 
     @triton_form_with(logistic=logistic, log_missing=log_missing, power=power)
     def negative_triton(s, gamma_neg, gamma_pos, clip, eps, constant):

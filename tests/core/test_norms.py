@@ -97,7 +97,7 @@ def test_it_crosses_the_custom_ops():
     torch.library.opcheck(op._reduce, (tensors, picks, None, recipe, numbers, f"tiled,recompute,{1 << 20}", needs))
     torch.library.opcheck(norms._inverse_norms, (stream.pairs[0][1].detach(),))
     recipe, numbers, tensors = pack(stream, folds[:1])
-    args, plan = [torch.ones(9, dtype=torch.float64)], f"tiled,forward,{1 << 20}"
+    args, plan = [torch.ones(9, dtype=torch.float64)], f"tiled,forward,{1 << 20},0"
     torch.library.opcheck(
         op._stream_loss, (tensors, picks, None, args, recipe, numbers, "cross_entropy", [0.0, 0.0, 0.0, 0.0, 0.0], plan, [*needs, False])
     )

@@ -100,6 +100,7 @@ def _fold(
     s = values[-1]
     out = maker.pool.get("g", *s.shape) if maker.stream.maps else s
     tile = Tile(s, c.start, maker.pool.get("scratch", *s.shape), None if where is None else where[0])
+    tile.work = lambda i: maker.pool.get(f"work {i}", *s.shape)
     (part,) = f.lift_with_gradient(tile, vectors, g_rows, out)
     states[0][0][r.start : r.stop].add_(part)
     if maker.stream.maps:

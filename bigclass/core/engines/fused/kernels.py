@@ -52,7 +52,7 @@ def grid(source, row0, class0, stride, N, C, BM: tl.constexpr, BN: tl.constexpr)
 def _rounded(g, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
     """g in `dtype`, to nearest even. Triton's interpreter cuts bf16 off instead."""
     if INTERPRETED and dtype == tl.bfloat16:
-        bits = g.to(tl.int32, bitcast=True)
+        bits = g.to(tl.float32).to(tl.int32, bitcast=True)
         g = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
     return g.to(dtype)
 
