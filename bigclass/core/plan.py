@@ -396,6 +396,7 @@ def explain(
     softcap: float | None = None,
     label_smoothing: float = 0.0,
     return_stats: bool = False,
+    one_vs_all: bool = False,
     engine: str = "auto",
     folds: Sequence[Fold] | None = None,
     maps: Sequence[Map] | None = None,
@@ -406,6 +407,7 @@ def explain(
         rows, classes, features: N, C and D. dtype: of the features and the weights. device: where they lie.
         requires_grad: will a backward follow?
         reduction, softcap, label_smoothing, return_stats, engine: as in the call.
+        one_vs_all: is it `linear_binary_cross_entropy` or another sum of elementwise terms (folds may name them)?
         folds, maps: of `core.reduce_logits`, in place of cross-entropy's (their tensors may be left out).
 
     Returns:
@@ -415,8 +417,8 @@ def explain(
         >>> print(bigclass.explain(8192, 256000, 2304, dtype=torch.bfloat16))  # doctest: +SKIP
     """
     place = torch.device(device)
-    scalar = reduction != "none" and not return_stats and folds is None
-    lone = folds is None and softcap is None and not label_smoothing
+    scalar = reduction != "none" and not return_stats and (folds is None or one_vs_all)
+    lone = folds is None and not one_vs_all and softcap is None and not label_smoothing
     of_maps = ((Softcap.at(softcap),) if softcap is not None else ()) if maps is None else tuple(maps)
     of_folds = (LogSumExp(exclude_picks=True), *((Total(),) if label_smoothing else ())) if folds is None else tuple(folds)
     reason = "it has no float64 products" if dtype == torch.float64 else device_reason(place) or form_reason(of_maps, of_folds)
@@ -427,13 +429,14 @@ def explain(
         d=features,
         device=place.type,
         scalar=scalar,
+        affine=one_vs_all,
         grad=requires_grad,
         half=half,
         wide=dtype == torch.float64,
         buffers=tile_buffers(lone, scalar, len(of_maps)),
         not_fused=reason,
         narrow=half,
-        masked=folds is None,
+        masked=folds is None and not one_vs_all,
         group=math.lcm(*[f.group for f in of_folds]),
     )
     plan = make_plan(work, engine)

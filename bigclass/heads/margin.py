@@ -13,6 +13,7 @@ from bigclass.core.norms import EPSILON, inverse_norms
 from bigclass.core.op import reduce_logits
 from bigclass.core.plan import ENGINES
 from bigclass.core.topk import TopK
+from bigclass.core.updates import SlabUpdate
 from bigclass.losses.inputs import check_linear, check_tensor
 from bigclass.losses.margin import KINDS, Cosines, Margin, MarginValue, check_layer, cosine_stream, linear_margin_loss
 from bigclass.losses.margin_folds import GroupedTopK
@@ -92,19 +93,22 @@ class MarginHead(nn.Module):
         for name, buffer in self.named_buffers():
             buffer.fill_({"batch_mean": 20.0, "batch_std": 100.0, "t": 0.0}[name])
 
-    def forward(self, features: Tensor, target: Tensor | None = None, *, reduction: str = "mean") -> Tensor:
-        """Without a target logits (..., C); with one, class indices (...), the loss of `linear_margin_loss`."""
+    def forward(
+        self, features: Tensor, target: Tensor | None = None, *, reduction: str = "mean", update: SlabUpdate | None = None
+    ) -> Tensor:
+        """Without a target logits (..., C); with one, class indices (...), the loss of `linear_margin_loss`, whose options these are."""
         if target is None:
             return self.logits(features)
         check_tensor("target", target)
         if self.kind == "curricular":
-            return self._curricular(features, target, reduction)
+            return self._curricular(features, target, reduction, update)
         kind, margin, beyond_pi = self.kind, self.margin, self.beyond_pi
         if kind == "adaface":
             kind, margin, beyond_pi = "combined", self._adaptive(features, target), "clip"
         return linear_margin_loss(
             features, self.weight, target, kind=kind, margin=margin, logit_scale=self.scale, subcenters=self.subcenters,
-            beyond_pi=beyond_pi, gradient=self.gradient, reduction=reduction, ignore_index=self.ignore_index, engine=self.engine,
+            beyond_pi=beyond_pi, gradient=self.gradient, reduction=reduction, ignore_index=self.ignore_index,
+            update=update, engine=self.engine,
         )  # fmt: skip
 
     def _adaptive(self, features: Tensor, target: Tensor) -> tuple[float, Tensor, Tensor]:
@@ -126,7 +130,7 @@ class MarginHead(nn.Module):
             z = ((length - self.batch_mean) / (self.batch_std + 1e-3) * self.h).clamp(-1.0, 1.0)
             return 1.0, -self.margin * z, self.margin + self.margin * z
 
-    def _curricular(self, features: Tensor, target: Tensor, reduction: str) -> Tensor:
+    def _curricular(self, features: Tensor, target: Tensor, reduction: str, update: SlabUpdate | None) -> Tensor:
         margin = Margin.of("arcface", self.margin, self.beyond_pi, self.gradient)
         cosines = Cosines.of(features, self.weight, target, self.scale, 1, self.ignore_index)
         if self.training:
@@ -135,7 +139,7 @@ class MarginHead(nn.Module):
             total = cos.sum() if keep is None else torch.where(keep, cos, 0.0).sum()
             with torch.no_grad():
                 self._move(self.t, total / count, count > 0)
-        return cosines.loss(margin, self.t.clone(), reduction, self.engine)
+        return cosines.loss(margin, self.t.clone(), reduction, self.engine, update)
 
     def _move(self, buffer: Tensor, to: Tensor, there: Tensor) -> None:
         """One step of a running mean, if there is something to move it: decided on the device, for the host would have to wait."""

@@ -29,9 +29,10 @@ from bigclass.core.errors import ArgumentError, ArgumentTypeError
 from bigclass.core.folds import Fold, LogSumExp, log_sum
 from bigclass.core.guards import autocast_off
 from bigclass.core.norms import EPSILON, inverse_norms
-from bigclass.core.op import reduce_logits, stream_loss
+from bigclass.core.op import observed_loss, reduce_logits
 from bigclass.core.row_losses import ROW_LOSSES, register_row_loss
 from bigclass.core.stream import Stream
+from bigclass.core.updates import SlabUpdate
 from bigclass.losses.cross_entropy import REDUCTIONS
 from bigclass.losses.inputs import check_index, check_linear, check_range, in_autocast, kept_rows
 from bigclass.losses.margin_folds import CurricularLogSumExp, GroupedLogSumExp
@@ -58,6 +59,7 @@ def linear_margin_loss(
     curriculum: float | Tensor | None = None,
     reduction: str = "mean",
     ignore_index: int | None = None,
+    update: SlabUpdate | None = None,
     engine: str = "auto",
 ) -> Tensor:
     r"""Margin softmax: cross-entropy of `logit_scale * cos(input, linear_weight)`, of the target f(cos), without the N x C logits.
@@ -84,6 +86,7 @@ def linear_margin_loss(
         curriculum: t of CurricularFace (a number or a scalar tensor, a constant): negatives whose cosine exceeds f ("plain") count with
             cos (t + cos). Not with sub-centres.
         reduction: "mean" (over kept rows), "sum" or "none". ignore_index: rows with it contribute exactly nothing; None: -100.
+        update: takes the weight's gradient slab by slab in the backward, as in `linear_binary_cross_entropy`: no C x D gradient.
         engine: as in `linear_cross_entropy`.
 
     Norms are clamped at 1e-12 as in `torch.nn.functional.normalize`. A class of zeros has cosine 0 with everything (and the gradient
@@ -108,7 +111,7 @@ def linear_margin_loss(
     if reduction not in REDUCTIONS:
         raise ArgumentError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
     cosines = Cosines.of(input, linear_weight, target, logit_scale, subcenters, ignore_index)
-    return cosines.loss(chosen, curriculum, reduction, engine)
+    return cosines.loss(chosen, curriculum, reduction, engine, update)
 
 
 @dataclass(frozen=True)
@@ -235,7 +238,9 @@ class Cosines:
         nearest = torch.zeros_like(cosines).scatter(1, at, 1.0)
         return cls(cosine_stream(x, w, scale), picks, keep, best.squeeze(1), nearest, target.shape, float(scale))
 
-    def loss(self, margin: Margin, curriculum: float | Tensor | None, reduction: str, engine: str) -> Tensor:
+    def loss(
+        self, margin: Margin, curriculum: float | Tensor | None, reduction: str, engine: str, update: SlabUpdate | None = None
+    ) -> Tensor:
         """The reduced loss under a margin."""
         stream, keep, n = self.stream, self.keep, self.target.numel()
         exact, wide = self.target.dtype, stream.accumulate_dtype
@@ -253,10 +258,12 @@ class Cosines:
         if keep is not None:
             args = [torch.where(keep if a.dim() == 1 else keep.unsqueeze(1), a, 0.0) for a in args]
         if reduction == "none":
+            if update is not None:
+                raise ArgumentError("reduction: 'none' has no one loss to take a step for; with update= use 'mean' or 'sum'")
             states, picked = reduce_logits(stream, self.picks, (fold,), keep=keep, engine=engine)
             loss = ROW_LOSSES["margin"](states, picked, args, ())
             return (loss if keep is None else torch.where(keep, loss, 0.0)).to(wide).reshape(self.lead)
-        loss = stream_loss(stream, self.picks, (fold,), "margin", args, keep=keep, engine=engine)
+        loss, _ = observed_loss(stream, self.picks, (fold,), (), "margin", args, keep=keep, update=update, engine=engine)
         if reduction == "mean" and (isinstance(count, Tensor) or not count):
             loss = loss + (0.0 / count if isinstance(count, Tensor) else math.nan)  # nothing kept: 0 / 0, as torch's mean
         return loss.to(wide)

@@ -117,3 +117,12 @@ def test_the_fused_engine_says_why_it_cannot_run(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match=r"engine: 'fused' cannot run this, for Triton has no kernels for device 'cpu'.*'tiled'"):
         bigclass.explain(4096, 5000, 10, engine="fused")
+
+
+def test_explain_says_how_sums_over_classes_run():
+    plan = bigclass.explain(512, 131072, 256, one_vs_all=True)
+    assert plan.gradients == "slabs" and "3 passes" in str(plan) and plan.workspace <= 88 << 20
+    half = bigclass.explain(512, 131072, 256, one_vs_all=True, dtype=torch.bfloat16)
+    assert half.gradients == "slabs" and "dw stays fp32" in str(half)
+    assert bigclass.explain(512, 131072, 256, one_vs_all=True, reduction="none").gradients == "recompute"
+    assert bigclass.explain(8192, 256000, 2304, one_vs_all=True, dtype=torch.bfloat16, device="cuda").gradients == "slabs"

@@ -234,3 +234,24 @@ def test_features_targets_and_k_that_do_not_fit_are_refused():
     for k, error_type in ((0, ValueError), (10, ValueError), (2.0, TypeError)):
         with pytest.raises(error_type, match="k: expected"):
             made.predict(x, k)
+
+
+@pytest.mark.parametrize("options", [{}, {"kind": "curricular"}, {"subcenters": 3}, {"kind": "adaface"}])
+def test_updates_in_the_backward_equal_the_two_step_form(options):
+    torch.manual_seed(0)
+    head = MarginHead(6, 900, engine="tiled", dtype=torch.float64, **options)
+    twin = copy.deepcopy(head)
+    x, y = torch.randn(20, 6, dtype=torch.float64, requires_grad=True), torch.randint(900, (20,))
+    slabs, ordinary = (bigclass.optim.SlabSGD([m.weight], lr=0.01, momentum=0.9) for m in (head, twin))
+    with bigclass.planning(workspace=1 << 20):
+        for _ in range(3):
+            head(x, y, update=slabs).backward()
+            first, x.grad = x.grad, None
+            twin(x, y).backward()
+            assert head.weight.grad is None and error(first, x.grad) < 1e-12
+            x.grad = None
+            ordinary.step()
+            ordinary.zero_grad()
+    assert error(head.weight, twin.weight) < 1e-12
+    with pytest.raises(ValueError, match="reduction: 'none' has no one loss"):
+        head(x, y, reduction="none", update=slabs)
