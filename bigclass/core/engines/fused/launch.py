@@ -97,7 +97,7 @@ TABLE: dict[tuple[str, int], tuple[Config, ...]] = {
 # Bytes of an element -> (light and heavy, heaviest, laden), on every architecture, where rows are no whole 16 bytes: pointers then take the
 # registers of a large tile.
 POINTERS = {
-    2: (Config(128, 64, 32, 8, 3, False), Config(64, 64, 32, 8, 3, False), _laden(64, 32, 32, 3, False)),
+    2: (Config(128, 64, 32, 8, 3, False), Config(64, 64, 32, 8, 3, False, registers=255), _laden(64, 32, 32, 3, False)),
     4: (Config(64, 32, 32, 8, 3, False), Config(64, 32, 32, 8, 3, False), _laden(64, 32, 32, 3, False)),
 }
 
