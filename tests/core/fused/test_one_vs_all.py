@@ -70,3 +70,15 @@ def test_zlpr_and_updates_in_the_backward():
         x.grad = b.grad = None
     for a, e in zip(*results, strict=True):
         assert error(a, e) < 1e-5
+
+
+def test_a_loss_of_one_s_own_runs_fused():
+    from tests.losses.test_multilabel import Logarithmic
+
+    x, w, b, positives = (t.detach().float().requires_grad_() if t.is_floating_point() else t for t in draw(40, 700, 3, 0))
+    results = []
+    for engine in ("fused", "tiled"):
+        loss = bigclass.linear_elementwise_loss(x, w, positives, loss=Logarithmic.name, rate=0.5, linear_bias=b, engine=engine)
+        results.append((loss, *torch.autograd.grad(loss, (x, w, b))))
+    for a, e in zip(*results, strict=True):
+        assert error(a, e) < 1e-5
