@@ -25,13 +25,13 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from patches import Patches
 from torch import Tensor, nn
 
 import bigclass
 from bigclass import extras
 from bigclass.demo.memory import peak_extra_bytes
 
-SIDE = 32  # pixels of a patch, each way
 FRESH_IMAGES = 2048
 LARGE = 2048, 100_000  # rows and classes of the loss layer whose memory is measured
 MIB = 2**20
@@ -62,33 +62,6 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, f
     found = torch.cat([model(part).topk(5).indices for part in images.split(256)])
     hits = found == labels[:, None]
     return hits[:, 0].float().mean().item(), hits.any(1).float().mean().item()
-
-
-class Patches:
-    """Square patches of two photographs, shaken and recoloured; the place a patch was cut at is its class."""
-
-    def __init__(self, stride: int) -> None:
-        from sklearn.datasets import load_sample_images
-
-        photos = torch.stack([torch.tensor(photo) for photo in load_sample_images().images]).float()  # (2, 427, 640, 3)
-        self.photos = (photos - photos.mean((0, 1, 2))) / photos.std((0, 1, 2))
-        self.shake = stride // 2 - 1  # so that no two classes share a patch
-        rows, columns = (torch.arange(self.shake, size - SIDE - self.shake, stride) for size in photos.shape[1:3])
-        self.places = torch.cartesian_prod(torch.arange(len(photos)), rows, columns)  # (C, 3): photo, top, left
-
-    def batches(self, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches without end of images (N, 3, 32, 32) and labels (N,), uniform over all classes."""
-        generator, side = torch.Generator().manual_seed(seed), torch.arange(SIDE)
-        while True:
-            labels = torch.randint(len(self.places), (size,), generator=generator)
-            photo, *corner = self.places[labels].unbind(1)
-            top, left = (c + torch.randint(-self.shake, self.shake + 1, (size,), generator=generator) for c in corner)
-            rows, columns = (top[:, None] + side)[:, :, None], (left[:, None] + side)[:, None, :]
-            images = self.photos[photo[:, None, None], rows, columns].permute(0, 3, 1, 2)
-            contrast, colour, grain = (
-                torch.randn(shape, generator=generator) for shape in ((size, 1, 1, 1), (size, 3, 1, 1), images.shape)
-            )
-            yield images * (1 + 0.1 * contrast) + 0.1 * colour + 0.05 * grain, labels
 
 
 @dataclass(slots=True)

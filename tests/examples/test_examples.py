@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+SHARED = {"patches.py"}  # what examples import, and nobody runs
+EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py") if path.name not in SHARED)
 
 
 def run(name: str, *options: str, folder: Path) -> str:
@@ -27,7 +28,7 @@ def environment() -> dict[str, str]:
 
 
 def test_every_example_has_its_test():
-    assert EXAMPLES == ["frozen_features.py", "timm_patches.py"]
+    assert EXAMPLES == ["frozen_features.py", "margin_verification.py", "timm_patches.py"]
 
 
 def test_frozen_features_learns(tmp_path):
@@ -50,6 +51,29 @@ def test_timm_patches_trains_alike_and_plots(tmp_path):
     assert header.startswith(b"\x89PNG\r\n\x1a\n")
     width, height = struct.unpack(">II", header[16:])
     assert width >= 1200 and height >= 400
+
+
+def test_margin_verification_learns_what_it_never_saw(tmp_path):
+    for package in ("sklearn", "rich"):
+        pytest.importorskip(package)
+    options = ("--stride", "16", "--steps", "40", "--batch", "128", "--features", "64")
+    printed = run("margin_verification.py", *options, folder=tmp_path)
+    names = "before training", "softmax", "cosines, no margin", "arcface, margin 0.3"
+    found = [re.search(rf"{re.escape(name)}\W+([\d.]+)% \+- [\d.]+%\W+([\d.]+)%\W+([\d.]+)%", printed) for name in names]
+    untrained, *trained = (float(row.group(1)) for row in found)
+    assert min(trained) > max(untrained, 50.0)
+    assert re.search(r"By accuracy arcface, margin 0.3 is (better than|worse than|not told apart from) softmax", printed)
+    assert re.search(r"128 x 10,000,000 logits take 4.8 GiB", printed)
+
+
+def test_margin_verification_takes_three_margins_and_subcentres(tmp_path):
+    for package in ("sklearn", "rich"):
+        pytest.importorskip(package)
+    small = ("--stride", "24", "--steps", "2", "--batch", "32", "--features", "16")
+    printed = run(
+        "margin_verification.py", *small, "--kind", "combined", "--margin", "1", "0.2", "0.1", "--subcenters", "2", folder=tmp_path
+    )
+    assert "combined, margin (1.0, 0.2, 0.1)" in printed
 
 
 def test_a_missing_package_is_named_with_its_command(tmp_path):
