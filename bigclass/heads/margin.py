@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ class MarginHead(nn.Module):
     r"""A classifier by angles over many identities, with its margin loss streamed.
 
     `head(features, target)` gives the loss, as a forward, so that the hooks of FSDP2 and ZeRO-3 run. `head(features)` gives real logits
-    scale cos_ij (..., C), without a margin; `head.predict(features, k)` the top k. `head.weight` is (C K, D), the K centres of class j
+    scale cos_ij (..., C), without a margin, in training too (they are never lazy); `head.predict(features, k)` the top k. `head.weight` is (C K, D), the K centres of class j
     in rows jK to jK + K - 1.
 
     Args:
@@ -36,7 +37,8 @@ class MarginHead(nn.Module):
             z = clip(h (||x|| - mean) / (std + 1e-3), -1, 1), f = cos(theta - margin z) - (margin + margin z).
             "curricular": as "arcface", and negatives with cos_j > cos(theta + margin) count with cos_j (t + cos_j).
         margin: as in `linear_margin_loss`; None: 0.5, 0.4, (1, 0.3, 0.2); "adaface" 0.4, "curricular" 0.5.
-        scale: of the cosines. subcenters: K. beyond_pi, gradient, engine: as in `linear_margin_loss` ("adaface": always "clip").
+        scale: of the cosines; 64 is the papers', of long trainings over many identities, a few thousand classes may want 16 to 32.
+            Only the direction of a weight counts, so that its steps may be larger than a backbone's. subcenters: K. beyond_pi, gradient, engine: as in `linear_margin_loss` ("adaface": always "clip").
         ignore_index: rows with it contribute nothing, to running statistics either.
         h: concentration of "adaface". momentum: step of the running statistics of "adaface" and "curricular".
 
@@ -73,8 +75,8 @@ class MarginHead(nn.Module):
             raise ArgumentError(f"subcenters: 'curricular' is not defined for several, got {subcenters}")
         if engine not in ENGINES:
             raise ArgumentError(f"engine: expected one of {ENGINES}, got {engine!r}")
-        if not scale > 0.0:
-            raise ArgumentError(f"scale: expected a number > 0, got {scale}")
+        if not isinstance(scale, int | float) or not 0.0 < scale < math.inf:
+            raise ArgumentError(f"scale: expected a finite number > 0, got {scale!r}")
         if not h > 0.0 or not 0.0 <= momentum <= 1.0:
             raise ArgumentError(f"h, momentum: expected h > 0 and a momentum in [0, 1], got {h} and {momentum}")
         self.in_features, self.num_classes, self.subcenters = in_features, num_classes, subcenters

@@ -132,8 +132,8 @@ class Margin:
         if gradient not in GRADIENTS:
             raise ArgumentError(f"gradient: expected one of {GRADIENTS}, got {gradient!r}")
         given = KINDS[kind] if margin is None else margin
-        three = isinstance(given, Sequence) and len(given) == 3
-        if three != (kind == "combined"):
+        several = isinstance(given, Sequence)
+        if several != (kind == "combined") or (several and len(given) != 3):
             raise ArgumentError(
                 f"margin: expected {'(m1, m2, m3)' if kind == 'combined' else 'one margin'} for kind {kind!r}, got {given!r}"
             )

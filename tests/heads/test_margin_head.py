@@ -255,3 +255,18 @@ def test_updates_in_the_backward_equal_the_two_step_form(options):
     assert error(head.weight, twin.weight) < 1e-12
     with pytest.raises(ValueError, match="reduction: 'none' has no one loss"):
         head(x, y, reduction="none", update=slabs)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"kind": "cosface", "margin": [0.3]}, "margin: expected one margin for kind 'cosface'"),
+        ({"margin": (1, 2)}, "margin: expected one margin"),
+        ({"kind": "combined", "margin": (1.0, 0.2)}, r"margin: expected \(m1, m2, m3\)"),
+        ({"scale": "64"}, "scale: expected a finite number > 0, got '64'"),
+        ({"scale": math.inf}, "scale: expected a finite number"),
+    ],
+)
+def test_margins_and_scales_of_the_wrong_kind_are_named(options, words):
+    with pytest.raises(ValueError, match=words):
+        MarginHead(4, 3, **options)
