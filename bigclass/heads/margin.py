@@ -27,8 +27,8 @@ class MarginHead(nn.Module):
     r"""A classifier by angles over many identities, with its margin loss streamed.
 
     `head(features, target)` gives the loss, as a forward, so that the hooks of FSDP2 and ZeRO-3 run. `head(features)` gives real logits
-    scale cos_ij (..., C), without a margin, in training too (they are never lazy); `head.predict(features, k)` the top k. `head.weight` is (C K, D), the K centres of class j
-    in rows jK to jK + K - 1.
+    scale cos_ij (..., C), without a margin, in training too (they are never lazy); `head.predict(features, k)` the top k. `head.weight`
+    is (C K, D), the K centres of class j in rows jK to jK + K - 1.
 
     Args:
         in_features: D. num_classes: C. device, dtype: of the weight, which starts normal with standard deviation 0.01.
@@ -38,7 +38,8 @@ class MarginHead(nn.Module):
             "curricular": as "arcface", and negatives with cos_j > cos(theta + margin) count with cos_j (t + cos_j).
         margin: as in `linear_margin_loss`; None: 0.5, 0.4, (1, 0.3, 0.2); "adaface" 0.4, "curricular" 0.5.
         scale: of the cosines; 64 is the papers', of long trainings over many identities, a few thousand classes may want 16 to 32.
-            Only the direction of a weight counts, so that its steps may be larger than a backbone's. subcenters: K. beyond_pi, gradient, engine: as in `linear_margin_loss` ("adaface": always "clip").
+            Only the direction of a weight counts, so that its steps may be larger than a backbone's.
+        subcenters: K. beyond_pi, gradient, engine: as in `linear_margin_loss` ("adaface": always "clip").
         ignore_index: rows with it contribute nothing, to running statistics either.
         h: concentration of "adaface". momentum: step of the running statistics of "adaface" and "curricular".
 
