@@ -28,7 +28,7 @@ def environment() -> dict[str, str]:
 
 
 def test_every_example_has_its_test():
-    assert EXAMPLES == ["frozen_features.py", "margin_verification.py", "timm_patches.py"]
+    assert EXAMPLES == ["extreme_labels.py", "frozen_features.py", "margin_verification.py", "timm_patches.py"]
 
 
 def test_frozen_features_learns(tmp_path):
@@ -37,6 +37,20 @@ def test_frozen_features_learns(tmp_path):
     assert len(losses) == 3
     assert losses[-1] < losses[0]
     assert re.search(r"label among the five largest: [\d.]+%", printed)
+
+
+def test_extreme_labels_beats_the_most_frequent_ones_tail_included(tmp_path):
+    pytest.importorskip("rich")
+    options = ("--labels", "3000", "--samples", "4096", "--fresh", "512", "--batch", "128", "--dim", "32", "--evaluations", "2")
+    printed = run("extreme_labels.py", *options, folder=tmp_path)
+    rows = {name: [float(v) for v in re.findall(r"([\d.]+)%", row)] for name, row in re.findall(r"│ ((?:PS)?P@\d|nDCG@5) (.*)", printed)}
+    assert len(rows) == 7
+    for frequent, _, final in rows.values():
+        assert final > 2 * frequent
+    first, second = (float(v) for v in re.search(r"training loss\W+([\d.]+)\W+([\d.]+)", printed).groups())
+    assert second < first
+    assert re.search(r"Step time, median: [\d.]+ s", printed)
+    assert re.search(r"Memory of the loss layer, 128 x 3,000: .*dense 5 MiB by formula", printed)
 
 
 def test_timm_patches_trains_alike_and_plots(tmp_path):
