@@ -176,7 +176,11 @@ def main() -> None:
     run = Run(evaluations={"most frequent": metrics.compute()})
     encoder = Encoder(options.dim)
     head = bigclass.MultiLabelHead(
-        options.dim, options.labels, loss=options.loss, reduction="batchmean", prior=per_document / options.labels
+        options.dim,
+        options.labels,
+        loss=options.loss,
+        reduction="batchmean",
+        prior=None if options.loss == "squared_hinge" else per_document / options.labels,
     )
     steps = options.epochs * -(-options.samples // options.batch)
     due = {round(steps * i / options.evaluations) for i in range(1, options.evaluations + 1)}

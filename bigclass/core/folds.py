@@ -415,7 +415,12 @@ class SumFold(Fold):
 
     def lift(self, tile, tensors):
         if self.vanishes and self.exclude_picks:
-            return (self.term(tile.logits(True), self.numbers, tensors).sum(-1, keepdim=True),)
+            s = tile.logits(True)
+            if tile.scratch is not None and s.device.type == "cpu" and self.zero_below > -math.inf:
+                live = (~(s.amax(0) < self.zero_below)).nonzero().squeeze(-1)  # NaN is live
+                if 2 * live.numel() < s.shape[1]:
+                    s, tensors = s[:, live], [t[:, live] if t.shape[1] > 1 else t for t in tensors]
+            return (self.term(s, self.numbers, tensors).sum(-1, keepdim=True),)
         t = self.term(tile.s, self.numbers, tensors)
         if self.exclude_picks:
             t = tile.clear_picks(_own(t, tile))

@@ -173,10 +173,12 @@ def _handed_on(
     def evaluate(states, picked, chunk, mask):
         return _row_loss_gradients(row_loss, list(numbers), folds, states, picked, chunk, [False] * len(args), mask)
 
-    options = replace(settings(), gradients="recompute")
+    affine = _is_affine(row_loss, picks, folds, args)
+    options = replace(settings(), gradients="auto" if affine else "recompute")
+    work = replace(work, affine=affine, scalar=affine)
     problem = Problem(
         stream, picks, keep, tuple(folds), tuple(observed), tuple(args), evaluate,
-        make_plan(replace(work, grad=False), name, options), make_plan(work, name, options), update,
+        make_plan(replace(work, grad=False), name, options), make_plan(work, name, options), update, affine,
     )  # fmt: skip
     loss, seen = handed_on(problem, tensors)
     return loss, [_squeeze(s) for s in seen]

@@ -264,8 +264,8 @@ def make_plan(work: Work, engine: str = "auto", options: Settings | None = None)
         why.append(f"not the fused engine, for {work.not_fused}")
     if name == "fused":
         return _fused_plan(work, gradients, options, why)
-    if gradients == "slabs":
-        return _slab_plan(work, options, why)
+    if gradients == "slabs" or (gradients == "none" and work.affine):
+        return _slab_plan(work, gradients, options, why)
     elements = _tile_elements(work, options)
     chunk = 0
     if gradients == "forward":
@@ -312,8 +312,8 @@ def make_plan(work: Work, engine: str = "auto", options: Settings | None = None)
     return Plan(name, gradients, 0, row_block, class_block, tiles + cast, tuple(why))
 
 
-def _slab_plan(work: Work, options: Settings, why: list[str]) -> Plan:
-    """Slabs of classes of the tiled engine, where gradients come with each tile."""
+def _slab_plan(work: Work, gradients: str, options: Settings, why: list[str]) -> Plan:
+    """Slabs of classes of the tiled engine for sums over classes, where gradients come with each tile."""
     n, c = max(work.n, 1), work.c
     copies = 3  # fp32 copies of a slab of half-precision weights: for the products, the sum of dw, and what a callback is given
     budget = _workspace(work, options) // (2 * SLAB_BUFFERS * work.item)
@@ -322,12 +322,16 @@ def _slab_plan(work: Work, options: Settings, why: list[str]) -> Plan:
     row_block = max(min(row_block, elements // min(c, 512), _cast_limit(work, options, 1)), 1)
     row_block = -(-n // -(-n // row_block))
     class_block = _even(c, min(elements // row_block, _cast_limit(work, options, copies)))
-    why.append("a sum over classes: each tile's gradient is made with the tile, a slab of classes is finished before the next, 3 passes")
+    if gradients == "none":
+        why.append("no gradients wanted: one pass")
+    else:
+        why.append("a sum over classes: a tile's gradient is made with the tile, a slab of classes is finished before the next, 3 passes")
     size = SLAB_BUFFERS * row_block * class_block * work.item
     if work.half:
         size += (row_block + copies * class_block) * work.d * work.item + n * work.d * work.item
-        why.append("dw stays fp32 until the upstream gradient arrives (one C x D fp32 buffer)")
-    return Plan("tiled", "slabs", 0, row_block, class_block, size, tuple(why))
+        if gradients == "slabs":
+            why.append("dw stays fp32 until the upstream gradient arrives (one C x D fp32 buffer)")
+    return Plan("tiled", gradients, 0, row_block, class_block, size, tuple(why))
 
 
 def _fused_plan(work: Work, gradients: str, options: Settings, why: list[str]) -> Plan:

@@ -1,7 +1,7 @@
 """Losses whose weight gradient is handed on, a slab of classes at a time, instead of being returned.
 
 A C x D gradient (and autograd's copy of it, where gradients accumulate) is often the largest thing left beside the weights. Here the
-backward makes the logits again slab by slab, in the recompute plan; a slab's dw is finished before the next slab begins, and goes to
+backward makes the logits again slab by slab; a slab's dw is finished before the next slab begins, and goes to
 
     update.begin_step(w)                                    once a backward
     update.update_slab(w, start, stop, gradient)            rows [start, stop) of w, whose gradient (fp32, to be used up) is finished
@@ -44,27 +44,23 @@ class GradAccumulator:
         >>> loss.backward()  # head.weight.grad has grown
     """
 
-    def __init__(self) -> None:
-        self._fresh = False
-
     def begin_step(self, parameter: Tensor) -> None:
         """Make `.grad` where there is none."""
-        self._fresh = parameter.grad is None
         if parameter.grad is None:
-            parameter.grad = torch.empty_like(parameter)
+            parameter.grad = torch.zeros_like(parameter)
 
     def update_slab(self, parameter: Tensor, start: int, stop: int, gradient: Tensor) -> None:
         """parameter.grad[start:stop] += gradient"""
         assert parameter.grad is not None
-        rows = parameter.grad[start:stop]
-        rows.copy_(gradient) if self._fresh else rows.add_(gradient)
+        parameter.grad[start:stop].add_(gradient)
 
 
 @dataclass(frozen=True)
 class Problem:
     """A loss and how to run it.
 
-    evaluate(states, picked, args, mask) -> (sum, its derivatives by the states, by the picks, by the args). args: constants."""
+    evaluate(states, picked, args, mask) -> (sum, its derivatives by the states, by the picks, by the args). args: constants.
+    affine: do these wait for no state (row_losses.py)? A tile's gradient is then made with the tile."""
 
     stream: Stream
     picks: Tensor | None
@@ -76,6 +72,7 @@ class Problem:
     forward_plan: Plan
     backward_plan: Plan
     update: SlabUpdate
+    affine: bool
 
 
 def check_update(update: Any, stream: Stream, tensors: Sequence[Tensor], args: Sequence[Tensor]) -> None:
@@ -87,12 +84,18 @@ def check_update(update: Any, stream: Stream, tensors: Sequence[Tensor], args: S
     weight = stream.pairs[0][1]
     if not (weight.is_leaf and weight.requires_grad):
         raise ArgumentError("update: expected the weight to be a parameter (a leaf that requires a gradient)")
+    groups = getattr(update, "param_groups", None)
+    if groups is not None and not any(p is weight for group in groups for p in group["params"]):
+        raise ArgumentError("update: expected an optimizer that holds the weight; add_param_group adds it")
     if any(a.requires_grad for a in args) or any(t.requires_grad for t in tensors[len(stream.tensors) :]):
         raise ArgumentError("update: the loss's own tensors (targets, row weights) get no gradients there; detach them")
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         raise ArgumentError(
             "update: several ranks would each apply their own part of the gradient; leave update=None under data parallelism"
         )
+
+
+_WEIGHT = 1  # its place among a stream's tensors, (x, w, ...)
 
 
 class _HandedOn(torch.autograd.Function):
@@ -123,20 +126,34 @@ class _HandedOn(torch.autograd.Function):
         weight = p.stream.pairs[0][1]
         p.update.begin_step(weight)
 
+        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+
         def on_slab(start: int, stop: int, gradient: Tensor) -> None:
-            p.update.update_slab(weight, start, stop, gradient)
+            p.update.update_slab(weight, start, stop, gradient.to(wide))
 
         def scaled(t: Tensor | None) -> Tensor | None:
             return None if t is None else t * up.to(t.dtype)
 
-        needs = [t.requires_grad for t in tensors]
+        def evaluate(states: Any, picked: Any, args: Any, mask: Any) -> Any:
+            total, parts, h, rest = p.evaluate(states, picked, args, mask)
+            return total, [[scaled(t) for t in of_fold] for of_fold in parts], scaled(h), rest
+
+        needs = list(ctx.needs_input_grad[1:])
+        engine, found = streaming_engine(p.backward_plan.engine), []
         with autocast_off(p.stream.device):
-            found: Sequence[Tensor] = streaming_engine(p.backward_plan.engine).reduce_backward(
-                p.stream, p.picks, p.keep, p.folds, p.backward_plan, ctx.states,
-                [[scaled(t) for t in parts] for parts in ctx.grads], scaled(ctx.h), needs, on_slab=on_slab,
-            )  # fmt: skip
+            if p.affine:
+                wanted = [*needs, *[False] * len(p.args)]
+                _, _, found = engine.slab_loss(
+                    p.stream, p.picks, p.keep, p.folds, (), evaluate, p.args, p.backward_plan, wanted, on_slab=on_slab
+                )
+            else:
+                found = engine.reduce_backward(
+                    p.stream, p.picks, p.keep, p.folds, p.backward_plan, ctx.states,
+                    [[scaled(t) for t in parts] for parts in ctx.grads], scaled(ctx.h), needs, on_slab=on_slab,
+                )  # fmt: skip
         made = iter(found)
-        out = [next(made).to(t.dtype) if need and t is not weight else None for t, need in zip(tensors, needs, strict=True)]
+        needs[_WEIGHT] = False  # by place: what was saved may come back as another object, and x may be the weight itself
+        out = [next(made).to(t.dtype) if need else None for t, need in zip(tensors, needs, strict=True)]
         return None, *out
 
 

@@ -12,12 +12,10 @@ from bigclass.core.errors import ArgumentError, ArgumentTypeError
 from bigclass.core.updates import SlabUpdate
 from bigclass.heads.linear import LinearHead
 from bigclass.losses.classwise import REDUCTIONS
-from bigclass.losses.elementwise import numbers_of, registered
+from bigclass.losses.elementwise import LOSSES, numbers_of
 from bigclass.losses.inputs import check_linear, make_stream
 from bigclass.losses.multilabel import streamed_loss, zlpr_loss
 from bigclass.losses.positives import read_positives
-
-_REDUCTION = {"asymmetric": "batchmean"}  # timm's; of the others torch's "mean"
 
 
 class MultiLabelHead(LinearHead):
@@ -31,8 +29,8 @@ class MultiLabelHead(LinearHead):
         loss: "bce", "focal" (alpha, gamma), "asymmetric" (gamma_neg, gamma_pos, clip, eps, disable_torch_grad_focal_loss),
             "squared_hinge" (margin), "poly" (epsilon, gamma, alpha), "zlpr", or one of your own (`register_elementwise_loss`).
             Its options, in brackets, are keyword arguments here, with the names of timm's and torchvision's losses.
-        reduction: "mean" (over N C numbers), "batchmean" (a row's sum, averaged over rows), "sum" or "none" (each row's sum).
-            None: "batchmean" for "asymmetric", as in timm, else "mean".
+        reduction: "batchmean" (a row's sum over classes, averaged over rows), "mean" (over N C numbers, as torch's losses), "sum" or
+            "none" (each row's sum). With "mean" and a million classes gradients are of the size of Adam's eps, 1e-8, and little is learnt.
         prior: probability that a label is there, to which the bias is initialised: log(prior / (1 - prior)). Of a million labels with
             five a row (prior=5e-6) an ordinary bias, which calls half of them positive, would spend its first epochs unlearning that.
         label_smoothing: as in `linear_binary_cross_entropy`. softcap, logit_scale (a number), engine: as in `linear_cross_entropy`.
@@ -48,7 +46,7 @@ class MultiLabelHead(LinearHead):
     """
 
     objective: str = "bce"
-    reduction: str = "mean"
+    reduction: str = "batchmean"
     prior: float | None = None
     loss_options: dict[str, float] = {}  # noqa: RUF012  (replaced, never changed)
     _OPTIONS = ("softcap", "logit_scale", "label_smoothing", "engine", "lazy")
@@ -56,7 +54,7 @@ class MultiLabelHead(LinearHead):
 
     def __init__(
         self, in_features: int, num_classes: int, bias: bool = True, device=None, dtype=None, *, loss: str = "bce",
-        reduction: str | None = None, prior: float | None = None, label_smoothing: float = 0.0, softcap: float | None = None,
+        reduction: str = "batchmean", prior: float | None = None, label_smoothing: float = 0.0, softcap: float | None = None,
         logit_scale: float | None = None, engine: str = "auto", lazy: bool = True, **options: Any,
     ) -> None:  # fmt: skip
         super().__init__(
@@ -69,6 +67,13 @@ class MultiLabelHead(LinearHead):
     def num_classes(self) -> int:
         return self.out_features
 
+    @classmethod
+    def adopt(cls, linear: nn.Linear, **options: Any) -> Any:
+        """As every head's, but for `prior`: the bias stays what it is."""
+        if options.get("prior") is not None:
+            raise ArgumentError("prior: an adopted layer keeps its bias; leave prior=None, or fill linear.bias yourself")
+        return super().adopt(linear, **options)
+
     def _set(self, options: dict[str, Any]) -> None:
         own = {name: value for name, value in options.items() if name not in (*self._OPTIONS, "loss", "reduction", "prior")}
         super()._set({name: value for name, value in options.items() if name in self._OPTIONS})
@@ -79,15 +84,18 @@ class MultiLabelHead(LinearHead):
         else:
             if own.get("clip", 0.0) is None:
                 own["clip"] = 0.0
-            numbers_of(registered(self.objective).loss, own)  # raises
+            if self.objective not in LOSSES:
+                raise ArgumentError(f"loss: expected one of {sorted([*LOSSES, 'zlpr'])} (or one you register), got {self.objective!r}")
+            numbers_of(LOSSES[self.objective].loss, own)  # raises
         self.loss_options = own
-        reduction = options.get("reduction")
-        self.reduction = _REDUCTION.get(self.objective, "mean") if reduction is None else reduction
+        self.reduction = options.get("reduction", "batchmean")
         if self.reduction not in REDUCTIONS:
             raise ArgumentError(f"reduction: expected one of {REDUCTIONS}, got {self.reduction!r}")
         self.prior = options.get("prior")
-        if self.prior is not None and not 0.0 < self.prior < 1.0:
-            raise ArgumentError(f"prior: expected a probability in (0, 1), got {self.prior}")
+        if self.prior is not None and not (isinstance(self.prior, int | float) and 0.0 < self.prior < 1.0):
+            raise ArgumentError(f"prior: expected a probability in (0, 1), got {self.prior!r}")
+        if self.prior is not None and self.objective == "squared_hinge":
+            raise ArgumentError("prior: a squared hinge has no probabilities; fill the bias with -margin instead")
 
     def reset_parameters(self) -> None:
         """Initialise as `nn.Linear`, the bias to the prior if there is one."""
@@ -126,7 +134,8 @@ class MultiLabelHead(LinearHead):
         lead = features.shape[:-1]
         targets = read_positives(positives, lead, self.out_features, features.device)
         shared: dict[str, Any] = {
-            "reduction": reduction or self.reduction, "return_topk": return_topk, "update": update, "engine": self.engine,
+            "reduction": self.reduction if reduction is None else reduction, "return_topk": return_topk, "update": update,
+            "engine": self.engine,
         }  # fmt: skip
         if self.objective == "zlpr":
             if weight is not None or pos_weight is not None:
@@ -143,4 +152,5 @@ class MultiLabelHead(LinearHead):
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr(), f"loss={self.objective}", f"reduction={self.reduction}"]
+        parts += [] if self.prior is None else [f"prior={self.prior:g}"]
         return ", ".join([*parts, *[f"{name}={value:g}" for name, value in self.loss_options.items()]])

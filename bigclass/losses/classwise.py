@@ -15,6 +15,7 @@ from bigclass.core.folds import Fold, State
 from bigclass.core.op import observed_loss, reduce_logits
 from bigclass.core.row_losses import ROW_LOSSES, register_row_loss
 from bigclass.core.stream import Stream
+from bigclass.core.topk import TopK
 from bigclass.core.updates import SlabUpdate
 from bigclass.losses.elementwise import Registered
 from bigclass.losses.inputs import check_range
@@ -48,11 +49,11 @@ class Rows:
     factor: float = 1.0
     rowwise: bool = False
     engine: str = "auto"
-    observed: tuple[Fold, ...] = ()
+    observed: tuple[TopK, ...] = ()
     update: SlabUpdate | None = None
 
     @classmethod
-    def of(cls, stream: Stream, reduction: str, engine: str, observed: tuple[Fold, ...] = (), update: SlabUpdate | None = None) -> Rows:
+    def of(cls, stream: Stream, reduction: str, engine: str, observed: tuple[TopK, ...] = (), update: SlabUpdate | None = None) -> Rows:
         if update is not None and reduction == "none":
             raise ArgumentError("reduction: 'none' has no one loss to take a step for; with update= use 'mean', 'batchmean' or 'sum'")
         return cls(row_factor(*stream.shape, reduction), reduction == "none", engine, observed, update)

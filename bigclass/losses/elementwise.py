@@ -121,8 +121,8 @@ def _with_slope(function: Callable[..., Tensor], s: Tensor, *numbers: float) -> 
     with autograd_inside_op():
         leaf = s.detach().requires_grad_()
         value = function(leaf, *numbers)
-        (slope,) = torch.autograd.grad(value.sum(), leaf)
-    return value.detach(), slope
+        (slope,) = torch.autograd.grad(value.sum(), leaf, allow_unused=True) if value.requires_grad else (None,)
+    return value.detach(), torch.zeros_like(s) if slope is None else slope
 
 
 @dataclass(frozen=True)

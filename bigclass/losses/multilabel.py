@@ -2,8 +2,9 @@
 
     loss_i = sum over classes of an elementwise term (elementwise.py, one_vs_all.py), or ZLPR's pair of log-sum-exps
 
-Flops: 6NCD with gradients, whatever C: a tile's gradient needs nothing of other tiles, so no logit is made twice or kept. Temporary
-memory: one tile and its elementwise temporaries (88 MiB at most on a CPU, `planning`), dw apart.
+Flops: 6NCD with gradients, whatever C: a tile's gradient needs nothing of other tiles, so no logit is made twice or kept. (ZLPR as
+cross-entropy; 8NCD with update=, or reduction "none".) Temporary memory: one tile and its elementwise temporaries (88 MiB at most on a
+CPU, `planning`), dw apart. Dense targets are read as they are if they are floating point; others, and smoothed ones, are copied.
 """
 
 from __future__ import annotations
@@ -69,8 +70,10 @@ def linear_binary_cross_entropy(
             sum_classes) or "none": each row's sum over classes, (...).
         softcap, logit_scale: as in `linear_cross_entropy`.
         return_topk: k > 0 also returns the k largest logits and their classes, from the same pass (for precision at k while training).
+            Top-k has no Triton form: engine="fused" raises, and "auto" takes the tiled engine.
         update: a `bigclass.optim.SlabOptimizer` that holds linear_weight, or a `GradAccumulator`: takes the weight's gradient slab by slab
-            in the backward, so that no C x D gradient exists (`linear_weight.grad` is left alone). One rank, and outside a traced graph.
+            in the backward (8NCD flops), so that no C x D gradient is returned. Any backward through the loss takes the step, even one
+            that asks for the features' gradient alone. One rank, and outside a traced graph.
         engine: "auto", "dense" (materialises), "tiled", "fused".
 
     Returns:
@@ -305,7 +308,7 @@ def _result(loss: Tensor, seen: list[State], lead: torch.Size, rows: Rows) -> An
     loss = loss.reshape(tuple(lead)) if rows.rowwise else loss
     if not seen:
         return loss
-    values, indices = (t.reshape(*lead, -1) for t in seen[0])
+    values, indices = (t.reshape(*lead, rows.observed[0].k) for t in seen[0])
     return loss, TopClasses(values, indices)
 
 

@@ -177,13 +177,13 @@ class Focal(ElementwiseLoss):
     @triton_form_with(logistic=logistic, positive_part=positive_part)
     def negative_triton(s, alpha, gamma):
         log1p, _, _ = logistic(s)
-        factor = tl.exp2((log1p + positive_part(-s)) * (-1.4426950408889634 * gamma))
+        factor = tl.where(gamma == 0.0, 1.0, tl.exp2((log1p + positive_part(-s)) * (-1.4426950408889634 * gamma)))
         return (1.0 - tl.maximum(alpha, 0.0)) * factor * (positive_part(s) + log1p)
 
     @triton_form_with(logistic=logistic, positive_part=positive_part)
     def negative_slope_triton(s, alpha, gamma):
         log1p, up, down = logistic(s)
-        factor = tl.exp2((log1p + positive_part(-s)) * (-1.4426950408889634 * gamma))
+        factor = tl.where(gamma == 0.0, 1.0, tl.exp2((log1p + positive_part(-s)) * (-1.4426950408889634 * gamma)))
         return (1.0 - tl.maximum(alpha, 0.0)) * factor * (gamma * down * (positive_part(s) + log1p) + up)
 
     @classmethod
@@ -213,6 +213,13 @@ class Focal(ElementwiseLoss):
 def _missing(q: Tensor) -> Tensor:
     """A probability to be raised to a power: never 0, where the power's slope may be infinite."""
     return q.clamp_min(torch.finfo(q.dtype).tiny)
+
+
+def _log_missing(s: Tensor, q: Tensor, clip: float) -> Tensor:
+    """log(1 - q), q = max(sigma - clip, 0), without taking from 1 what is near 1."""
+    if clip <= 0.0:
+        return F.logsigmoid(-s)
+    return torch.where(q < 0.5, torch.log1p(-q.clamp(max=0.5)), torch.log(torch.sigmoid(-s) + clip))
 
 
 def _held(t: Tensor, constant: float) -> Tensor:
@@ -260,14 +267,13 @@ class Asymmetric(ElementwiseLoss):
 
     @staticmethod
     def negative(s, gamma_neg, gamma_pos, clip, eps, constant):
-        if clip > 0.0:
-            q = (torch.sigmoid(s) - clip).clamp(min=0.0)
-            value = -torch.log1p(-q)
-            return value * _held(q.pow(gamma_neg), constant) if gamma_neg else value
-        value = -F.logsigmoid(-s)
-        if eps > 0.0:
+        q = (torch.sigmoid(s) - clip).clamp(min=0.0)
+        value = -_log_missing(s, q, clip)
+        if eps > clip:
             value = value.clamp(max=-math.log(eps))
-        return value * _held(torch.exp(gamma_neg * F.logsigmoid(s)), constant) if gamma_neg else value
+        if not gamma_neg:
+            return value
+        return value * _held(_missing(q).pow(gamma_neg) if clip > 0.0 else torch.exp(gamma_neg * F.logsigmoid(s)), constant)
 
     @classmethod
     def negative_with_slope(cls, s, gamma_neg, gamma_pos, clip, eps, constant):
@@ -275,29 +281,36 @@ class Asymmetric(ElementwiseLoss):
             if eps > 0.0 or constant:
                 return super().negative_with_slope(s, gamma_neg, gamma_pos, clip, eps, constant)
             return Focal.negative_with_slope(s, -1.0, gamma_neg)
-        sigma = torch.sigmoid(s.detach())
+        s = s.detach()
+        sigma, other = torch.sigmoid(s), torch.sigmoid(-s)
         q = (sigma - clip).clamp_(min=0.0)
-        value = (-q).log1p_().neg_()
-        inner = sigma.sub_(sigma * sigma)  # d sigma / ds
+        value = _log_missing(s, q, clip).neg_()
+        inner = sigma.mul_(other).mul_(q > 0.0)  # dq / ds
+        rest = other.add_(clip)  # 1 - q, where q > 0
+        own = inner / rest
+        if eps > clip:
+            own.masked_fill_(value > -math.log(eps), 0.0)
+            value.clamp_(max=-math.log(eps))
         if gamma_neg == 0.0:
-            return value, inner.mul_(q > 0.0).div_(1.0 - q)
-        if constant:
-            power = _power(q, gamma_neg)
-            return value.mul_(power), inner.mul_(power).mul_(q > 0.0).div_(1.0 - q)
-        # q^(g-1) [q / (1 - q) + g value]
-        slope = (q / (1.0 - q)).add_(value, alpha=gamma_neg).mul_(inner)
-        if gamma_neg != 1.0:
-            slope.mul_(_power(q.clamp_min(torch.finfo(q.dtype).tiny) if gamma_neg < 1.0 else q, gamma_neg - 1.0))
-        return value.mul_(_power(q, gamma_neg)), slope
+            return value, own
+        power = _power(q, gamma_neg)
+        # q^g / (1 - q) + g q^(g-1) value
+        slope = own.mul_(power)
+        if not constant:
+            slope.add_(inner.mul_(value).mul_(power).div_(_missing(q)), alpha=gamma_neg)
+        return value.mul_(power), slope
 
     @classmethod
     def negative_in_place(cls, s, work, gamma_neg, gamma_pos, clip, eps, constant):
-        if clip <= 0.0 or constant or gamma_neg not in (1.0, 2.0, 3.0, 4.0):
+        # log(1 - q) is taken from q below: with too small a margin that loses digits
+        if clip < max(0.02, eps) or constant or gamma_neg not in (1.0, 2.0, 3.0, 4.0):
             return None
-        q, log, power = work(0), work(1), work(2)
+        q, log, power, rest = work(0), work(1), work(2), work(3)
+        torch.neg(s, out=rest).sigmoid_()
         s.sigmoid_()
         torch.sub(s, clip, out=q).clamp_(min=0.0)
-        s.addcmul_(s, s, value=-1.0)  # d sigma / ds
+        s.mul_(rest)  # d sigma / ds
+        rest.add_(clip)  # 1 - q, where q > 0
         torch.neg(q, out=log).log1p_()
         if gamma_neg > 1.0:
             power.copy_(q)
@@ -309,7 +322,6 @@ class Asymmetric(ElementwiseLoss):
             power.copy_(q)
         power.mul_(log).neg_()
         # q^(g-1) sigma' [q / (1 - q) - g log(1 - q)]
-        rest = torch.neg(q, out=work(3)).add_(1.0)
         s.mul_(q.div_(rest).add_(log, alpha=-gamma_neg))
         return power
 
@@ -335,7 +347,7 @@ class Asymmetric(ElementwiseLoss):
         """timm's for soft targets: the exponent and the probability that it is of are mixed, too."""
         up, down = torch.sigmoid(s), torch.sigmoid(-s)
         q = (up - clip).clamp(min=0.0)
-        positive, negative = F.logsigmoid(s), torch.log1p(-q) if clip > 0.0 else F.logsigmoid(-s)
+        positive, negative = F.logsigmoid(s), _log_missing(s, q, clip)
         if eps > 0.0:
             positive, negative = positive.clamp(min=math.log(eps)), negative.clamp(min=math.log(eps))
         value = positive * (-t * p) - negative * (1.0 - t)
@@ -371,18 +383,21 @@ class Poly(ElementwiseLoss):
 
     name: ClassVar[str] = "poly"
     options: ClassVar[Mapping[str, float]] = {"epsilon": 1.0, "gamma": 0.0, "alpha": -1.0}
+    vanishes: ClassVar[bool] = True
 
     @classmethod
     def check(cls, epsilon, gamma, alpha):
         Focal.check(alpha, gamma)
 
-    @classmethod
-    def positive(cls, s, epsilon, gamma, alpha):
-        return cls.mixture(s, 1.0, 1.0, epsilon, gamma, alpha)
+    @staticmethod
+    def positive(s, epsilon, gamma, alpha):
+        value = (epsilon * torch.sigmoid(-s) - F.logsigmoid(s)) * (1.0 if alpha < 0.0 else alpha)
+        return value * torch.exp(gamma * F.logsigmoid(-s)) if gamma else value
 
-    @classmethod
-    def negative(cls, s, epsilon, gamma, alpha):
-        return cls.mixture(s, 0.0, 1.0, epsilon, gamma, alpha)
+    @staticmethod
+    def negative(s, epsilon, gamma, alpha):
+        value = (epsilon * torch.sigmoid(s) - F.logsigmoid(-s)) * (1.0 if alpha < 0.0 else 1.0 - alpha)
+        return value * torch.exp(gamma * F.logsigmoid(s)) if gamma else value
 
     @classmethod
     def mixture(cls, s, t, p, epsilon, gamma, alpha):
@@ -391,6 +406,19 @@ class Poly(ElementwiseLoss):
         if gamma:
             value = value * _missing(missing).pow(gamma)
         return value if alpha < 0.0 else value * (t * alpha + (1.0 - t) * (1.0 - alpha))
+
+    @triton_form_with(logistic=logistic, positive_part=positive_part)
+    def negative_triton(s, epsilon, gamma, alpha):
+        log1p, up, _ = logistic(s)
+        factor = tl.where(gamma == 0.0, 1.0, tl.exp2((log1p + positive_part(-s)) * (-1.4426950408889634 * gamma)))
+        return (1.0 - tl.maximum(alpha, 0.0)) * factor * (positive_part(s) + log1p + epsilon * up)
+
+    @triton_form_with(logistic=logistic, positive_part=positive_part)
+    def negative_slope_triton(s, epsilon, gamma, alpha):
+        log1p, up, down = logistic(s)
+        factor = tl.where(gamma == 0.0, 1.0, tl.exp2((log1p + positive_part(-s)) * (-1.4426950408889634 * gamma)))
+        value = positive_part(s) + log1p + epsilon * up
+        return (1.0 - tl.maximum(alpha, 0.0)) * factor * (gamma * down * value + up + epsilon * up * down)
 
     @triton_form_with(logistic=logistic, cross_entropy=cross_entropy, power=power)
     def mixture_triton(s, t, p, epsilon, gamma, alpha):

@@ -69,6 +69,8 @@ def read_positives(positives: Any, lead: Sequence[int], classes: int, device: to
         if tuple(positives.shape) != (*lead, classes):
             raise ArgumentError(f"positives: expected dense targets in the shape of the logits, {(*lead, classes)}, "
                                 f"got {tuple(positives.shape)}")  # fmt: skip
+        if positives.requires_grad:
+            raise ArgumentError("positives: targets are constants and get no gradient; pass positives.detach()")
         _check_values(positives)
         return positives
     if positives.dtype not in INDEX_DTYPES:
@@ -80,6 +82,11 @@ def read_positives(positives: Any, lead: Sequence[int], classes: int, device: to
     k = 1 if tuple(positives.shape) == tuple(lead) else positives.shape[-1]
     picks = positives.reshape(n, k).long()
     _check_classes(picks, classes)
+    if k == classes > 2 and not torch.compiler.is_compiling() and picks.device.type == "cpu" and n:
+        low, high = picks.aminmax()
+        if int(low) >= 0 and int(high) <= 1:
+            raise ArgumentError(f"positives: integers are class indices, and {tuple(positives.shape)} of 0 and 1 looks like a multi-hot "
+                                "target; pass it as .bool() or .float()")  # fmt: skip
     return Positives(_once(_refusable(picks, classes)))
 
 
@@ -89,7 +96,11 @@ def _of_sparse_target(target: SparseTarget, lead: Sequence[int], classes: int, d
     _check_device(device, target.indices)
     picks, weights = target.merged()
     _check_classes(picks, classes)
-    return Positives(_refusable(picks, classes), weights + target.floor, target.floor)
+    values = weights + target.floor
+    _check_values(values.masked_fill(picks < 0, 0.0))
+    if not 0.0 <= target.floor <= 1.0:
+        raise ArgumentError(f"positives: expected a floor in [0, 1], got {target.floor}")
+    return Positives(_refusable(picks, classes), values, target.floor)
 
 
 def _of_csr(indptr: Tensor, indices: Tensor, values: Tensor | None = None, *, n: int, classes: int) -> Positives:
@@ -116,8 +127,8 @@ def _of_csr(indptr: Tensor, indices: Tensor, values: Tensor | None = None, *, n:
     picks = indices.new_full((n, k), -1).index_put_((row, place), torch.where(wrong, classes, indices))
     if values is None:
         return Positives(_once(picks))
-    _check_values(values)
     values = values if values.is_floating_point() else values.float()
+    _check_values(values)
     padded = values.new_zeros((n, k)).index_put_((row, place), values)
     if k > 1:
         ordered = picks.sort(1).values

@@ -71,7 +71,7 @@ def test_lazy_logits_stream_under_an_unchanged_criterion():
     assert isinstance(logits, bigclass.LazyLogits)
     with bigclass.planning(logits_limit=0):  # writing the logits out would raise
         lazy = nn.BCEWithLogitsLoss()(logits, target)
-    assert error(lazy, head(x, y)) < 1e-6
+    assert error(lazy, head(x, y, reduction="mean")) < 1e-6
     assert error(lazy, F.binary_cross_entropy_with_logits(F.linear(x, head.weight, head.bias), target)) < 2e-6
 
 
@@ -101,7 +101,8 @@ def test_autocast_keeps_sums_wide():
 
 def test_bad_options_are_refused_and_named():
     for options, kind, words in [
-        ({"loss": "softmax"}, ValueError, r"loss: expected one of \["),
+        ({"loss": "softmax"}, ValueError, r"loss: expected one of \[.*zlpr"),
+        ({"loss": "squared_hinge", "prior": 0.1}, ValueError, "a squared hinge has no probabilities"),
         ({"loss": "bce", "gamma": 2.0}, TypeError, "bce: unexpected option 'gamma'"),
         ({"loss": "zlpr", "label_smoothing": 0.1}, TypeError, "zlpr: unexpected option 'label_smoothing'"),
         ({"prior": 1.0}, ValueError, "prior: expected a probability"),
@@ -112,6 +113,10 @@ def test_bad_options_are_refused_and_named():
     ]:
         with pytest.raises(kind, match=words):
             bigclass.MultiLabelHead(8, 40, **options)
+    with pytest.raises(ValueError, match="an adopted layer keeps its bias"):
+        bigclass.MultiLabelHead.adopt(nn.Linear(8, 40), prior=0.1)
+    with pytest.raises(ValueError, match="reduction: expected one of"):
+        bigclass.MultiLabelHead(8, 40)(X, Y, reduction="")
     with pytest.raises(ValueError, match="ZLPR has no class weights"):
         bigclass.MultiLabelHead(8, 40, loss="zlpr")(X, Y, pos_weight=torch.ones(40))
     assert "tests.logarithmic" not in OPTIONS and set(OPTIONS) - {"zlpr"} <= set(LOSSES)

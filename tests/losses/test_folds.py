@@ -33,7 +33,8 @@ def asymmetric(s, t, gamma_neg, gamma_pos, clip, eps, constant, p=1.0):
     if clip > 0:
         xs_neg = (xs_neg + clip).clamp(max=1)
     q = (xs_pos - clip).clamp(min=0)
-    negative = torch.where(xs_neg < eps, math.log(eps), torch.log1p(-q) if clip > 0 else F.logsigmoid(-s))
+    precise = torch.where(q < 0.5, torch.log1p(-q.clamp(max=0.5)), xs_neg.log()) if clip > 0 else F.logsigmoid(-s)
+    negative = torch.where(xs_neg < eps, math.log(eps), precise)
     loss = t * F.logsigmoid(s).clamp(min=math.log(eps)) * p + (1 - t) * negative
     if gamma_neg > 0 or gamma_pos > 0:
         with torch.set_grad_enabled(not constant):

@@ -37,7 +37,7 @@ def _asymmetric(s, t, p, gamma_neg, gamma_pos, clip, eps):
     q = (torch.sigmoid(s) - clip).clamp(min=0)
     low = torch.tensor(eps, dtype=s.dtype).log()
     positive = -torch.maximum(F.logsigmoid(s), low) * torch.sigmoid(-s) ** gamma_pos
-    negative = torch.log1p(-q) if clip else F.logsigmoid(-s)
+    negative = torch.where(q < 0.5, torch.log1p(-q.clamp(max=0.5)), (torch.sigmoid(-s) + clip).log()) if clip else F.logsigmoid(-s)
     return t * p * positive - (1 - t) * q**gamma_neg * torch.maximum(negative, low)
 
 
@@ -63,6 +63,9 @@ CASES = {
     "asymmetric, no margin": ("asymmetric", {"gamma_neg": 3.0, "gamma_pos": 1.0, "clip": 0.0, "eps": 1e-3}, _asymmetric),
     "squared hinge": ("squared_hinge", {"margin": 1.0}, _hinge),
     "squared hinge, far": ("squared_hinge", {"margin": -0.5}, _hinge),
+    "asymmetric, small margin": ("asymmetric", {"gamma_neg": 2.0, "gamma_pos": 1.0, "clip": 1e-6, "eps": 1e-8}, _asymmetric),
+    "asymmetric, eps above clip": ("asymmetric", {"gamma_neg": 4.0, "gamma_pos": 1.0, "clip": 0.01, "eps": 0.1}, _asymmetric),
+    "asymmetric, both above": ("asymmetric", {"gamma_neg": 0.5, "gamma_pos": 1.0, "clip": 0.01, "eps": 0.1}, _asymmetric),
     "poly": ("poly", {"epsilon": 1.5, "gamma": 2.0, "alpha": -1.0}, _poly),
 }
 
@@ -366,6 +369,14 @@ BAD: dict[str, tuple] = {
     "negative soft": ((torch.tensor([0, 1, 2, 2, 2]), torch.tensor([3, 4]), torch.tensor([0.5, -0.5])), {}, ValueError, r"in \[0, 1\]"),
     "negative dense": (torch.full((4, 50), -0.1), {}, ValueError, r"targets in \[0, 1\], got values from -0.1"),
     "NaN dense": (torch.full((4, 50), torch.nan), {}, ValueError, r"targets in \[0, 1\]"),
+    "above 1": (bigclass.SparseTarget(torch.zeros(4, 1, dtype=torch.long), torch.full((4, 1), 1.5), 50), {}, ValueError, r"in \[0, 1\]"),
+    "summed above 1": (
+        bigclass.SparseTarget(torch.zeros(4, 2, dtype=torch.long), torch.full((4, 2), 0.7), 50), {}, ValueError, r"in \[0, 1\]"),
+    "negative floor": (
+        bigclass.SparseTarget(torch.zeros(4, 1, dtype=torch.long), torch.full((4, 1), 0.7), 50, -0.1), {}, ValueError, "a floor in"),
+    "integer values": ((torch.tensor([0, 1, 2, 2, 2]), torch.tensor([3, 4]), torch.tensor([1, 2])), {}, ValueError, r"in \[0, 1\]"),
+    "integer multi-hot": (torch.eye(4, 50).long(), {}, ValueError, "looks like a multi-hot"),
+    "learnt targets": (torch.zeros(4, 50, requires_grad=True), {}, ValueError, "targets are constants"),
     "twice with values": ((torch.tensor([0, 2, 2, 2, 2]), torch.tensor([3, 3]), torch.ones(2)), {}, ValueError, "stands twice in a row"),
     "sparse shape": (torch.eye(4).to_sparse_csr(), {}, ValueError, r"sparse tensor of shape \(4, 50\)"),
     "smoothing": (torch.zeros(4, 1, dtype=torch.long), {"label_smoothing": 2.0}, ValueError, "label_smoothing"),
@@ -407,3 +418,68 @@ def test_bad_options_are_refused_and_named():
 def test_the_slots_of_a_loss_are_class_variables():
     """A loss is its class: nothing is ever instantiated."""
     assert all(isinstance(found.loss, type) for found in LOSSES.values()) and ClassVar
+
+
+@pytest.mark.parametrize("name", ["bce", "focal", "focal, gamma 0", "asymmetric", "squared hinge", "poly"])
+@every_road
+def test_classes_that_can_never_be_cost_nothing(name, road):
+    """A bias of -inf: padded classes."""
+    loss, options, term = CASES[name]
+    x, w, b, positives = draw(9, 9000, 3, 4)
+    positives = positives.clamp(max=8000)
+    with torch.no_grad():
+        b[8500:] = -torch.inf
+    engine, gradients = road
+    with bigclass.planning(gradients=gradients, workspace=1 << 20):
+        got = bigclass.linear_elementwise_loss(x, w, positives, loss=loss, linear_bias=b, engine=engine, reduction="sum", **options)
+        exact = term(x @ w[:8500].t() + b[:8500], hot(positives, 8500), 1.0, *options.values()).sum()
+        grads, want = torch.autograd.grad(got, (x, w)), torch.autograd.grad(exact, (x, w))
+    assert error(got, exact) < 1e-12 and error(grads[0], want[0]) < 1e-11 and error(grads[1], want[1]) < 1e-11
+
+
+def test_the_in_place_terms_are_the_others_fp32_digits():
+    s = torch.cat((torch.linspace(-30, 30, 4001), torch.tensor([0.0, -0.0, -torch.inf]))).view(1, -1)
+    for name, (loss, options, _) in CASES.items():
+        cls, numbers = LOSSES[loss].loss, [float(v) for v in {**LOSSES[loss].loss.options, **options}.values()]
+        buffers = {}
+
+        def work(i, buffers=buffers):
+            return buffers.setdefault(i, torch.empty_like(s))
+
+        exact = s.double().requires_grad_()
+        value = cls.negative(exact, *numbers)
+        (slope,) = torch.autograd.grad(value[value.isfinite()].sum(), exact)
+        there = slope.isfinite()
+        made = s.clone()
+        in_place = cls.negative_in_place(made, work, *numbers)
+        pairs = [cls.negative_with_slope(s, *numbers)] + ([] if in_place is None else [(in_place, made)])
+        for a, b in pairs:
+            assert error(a, value.detach()) < 2e-6, name
+            assert error(b[there], slope[there]) < 2e-6, name
+
+
+def test_a_negative_that_costs_nothing():
+    @bigclass.register_elementwise_loss
+    class Positives(bigclass.ElementwiseLoss):
+        name, vanishes = "tests.positives", True
+
+        @staticmethod
+        def positive(s):
+            return -s
+
+        @staticmethod
+        def negative(s):
+            return torch.zeros_like(s)
+
+    x, w, b, positives = draw(9, 9000, 3, 4)
+    for engine in ("dense", "tiled"):
+        got = bigclass.linear_elementwise_loss(x, w, positives, loss="tests.positives", linear_bias=b, engine=engine, reduction="sum")
+        check(got, (x, w, b), -((x @ w.t() + b) * hot(positives, 9000)).sum())
+
+
+def test_the_best_classes_of_no_rows():
+    x, w, _, positives = draw(4, 9000, 3, 4)
+    for engine in ("dense", "tiled"):
+        for k in (1, 3):
+            _, top = bigclass.linear_binary_cross_entropy(x[:0], w, positives[:0], return_topk=k, engine=engine, reduction="sum")
+            assert top.values.shape == top.indices.shape == (0, k)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from bigclass.core.engines.sink import Sink
+from bigclass.core.engines.sink import OnSlab, Sink
 from bigclass.core.engines.tiles import Rows, Span, TileMaker, Upstream, Where, add_picks, logit_gradient, spans
 from bigclass.core.folds import Fold, State, SumFold, Tile
 from bigclass.core.plan import Plan
@@ -31,13 +31,15 @@ _DENSE_SHARE = 0.6  # a tile in which more classes than this are live is treated
 def slab_loss(
     stream: Stream, picks: Tensor | None, keep: Tensor | None, folds: Sequence[Fold], observed: Sequence[Fold],
     row_loss: Callable[..., tuple[Tensor, list[list[Tensor | None]], Tensor | None, list[Tensor]]],
-    args: Sequence[Tensor], plan: Plan, needs: Sequence[bool],
+    args: Sequence[Tensor], plan: Plan, needs: Sequence[bool], on_slab: OnSlab | None = None,
 ) -> tuple[Tensor, list[State], list[Tensor]]:  # fmt: skip
-    """The sum of the row losses, the states of the observed folds, and the gradients (fp32 until the upstream factor is known)."""
+    """The sum of the row losses, the states of the observed folds, and the gradients (fp32 until the upstream factor is known).
+
+    on_slab: the upstream factor is known (row_loss has it), and the gradient of the only weight is handed on slab by slab."""
     rows = Rows(stream.shape[0], keep)
     maker = TileMaker(stream, picks, rows)
     tensors = len(stream.tensors) + sum(len(f.tensors) for f in folds)
-    sink = Sink(maker, folds, needs[:tensors], keep_wide=True, whole=False)
+    sink = Sink(maker, folds, needs[:tensors], keep_wide=on_slab is None, whole=False, on_slab=on_slab)
     like = maker.pool.get("empty", 0, 0)
     everything = Span(0, rows.count)
     states = [f.identity(rows.count, like) for f in folds]
@@ -47,7 +49,7 @@ def slab_loss(
     _, grads, h, _ = row_loss(states, picked, own, mask)
     up = Upstream(states, grads, h)
     sink.open_rows(everything)
-    for c in spans(maker.c, plan.class_block):
+    for c in spans(maker.c, plan.class_block) if rows.count else []:
         ws, sums = maker.slab(c), sink.open_slab(c)
         for r in spans(rows.count, plan.row_block):
             xs = maker.features(r)

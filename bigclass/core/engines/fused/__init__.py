@@ -370,13 +370,13 @@ def stream_loss(
 def slab_loss(
     stream: Stream, picks: Tensor | None, keep: Tensor | None, folds: Sequence[Fold], observed: Sequence[Fold],
     row_loss: Callable[..., tuple[Tensor, list[list[Tensor | None]], Tensor | None, list[Tensor]]],
-    args: Sequence[Tensor], plan: Plan, needs: Sequence[bool],
+    args: Sequence[Tensor], plan: Plan, needs: Sequence[bool], on_slab: OnSlab | None = None,
 ) -> tuple[Tensor, list[State], list[Tensor]]:  # fmt: skip
     """The sum of the row losses, the states of the observed folds, and the gradients. As the tiled engine's (slabs.py)."""
     source = _Source(stream, picks, (*folds, *observed), keep)
     maker, n = source.maker, stream.shape[0]
     tensors = len(stream.tensors) + sum(len(f.tensors) for f in folds)
-    sink = Sink(maker, folds, needs[:tensors], keep_wide=True, whole=False)
+    sink = Sink(maker, folds, needs[:tensors], keep_wide=on_slab is None, whole=False, on_slab=on_slab)
     like = maker.pool.get("empty", 0, 0)
     everything = Span(0, n)
     states = [f.identity(n, like) for f in (*folds, *observed)]
