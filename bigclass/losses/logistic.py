@@ -1,4 +1,6 @@
-"""Pieces of the Triton forms of one-vs-all losses, in fp32: logistic functions that lose no digits on either side."""
+"""Pieces of the Triton forms of one-vs-all losses, in fp32: logistic functions that lose no digits on either side.
+
+1.2e-38 stands for next to nothing: Triton takes a literal below fp32's least normal number for fp64, and all that meets it."""
 
 # pyright: reportOperatorIssue=false, reportArgumentType=false, reportCallIssue=false
 # (the language of Triton forms has other types than Python's)
@@ -32,7 +34,7 @@ def positive_part(s):
 @triton_form
 def power(q, gamma):
     """q^gamma for q >= 0; 0^0 = 1"""
-    return tl.exp2(gamma * tl.log2(tl.maximum(q, 1e-38)))
+    return tl.exp2(gamma * tl.log2(tl.maximum(q, 1.2e-38)))
 
 
 @triton_form_with(positive_part=positive_part)
@@ -46,5 +48,5 @@ def log_missing(s, q, log1p, down, clip):
     """log(1 - q), q = max(sigma - clip, 0)"""
     v = 1.0 - q
     small = tl.where(v == 1.0, -q, tl.log(v) * (q / (1.0 - v)))
-    shifted = tl.where(q < 0.5, small, tl.log(tl.maximum(down + clip, 1e-38)))
+    shifted = tl.where(q < 0.5, small, tl.log(tl.maximum(down + clip, 1.2e-38)))
     return tl.where(clip > 0.0, shifted, -positive_part(s) - log1p)

@@ -204,7 +204,7 @@ class Focal(ElementwiseLoss):
     def mixture_slope_triton(s, t, p, alpha, gamma):
         log1p, up, down = logistic(s)
         value = cross_entropy(s, 1.0 - t, t * p, log1p)
-        missing = tl.maximum(t * down + (1.0 - t) * up, 1e-38)
+        missing = tl.maximum(t * down + (1.0 - t) * up, 1.2e-38)
         share = tl.where(alpha < 0.0, 1.0, t * alpha + (1.0 - t) * (1.0 - alpha))
         focus = value * gamma * (1.0 - 2.0 * t) * up * down / missing
         return share * power(missing, gamma) * ((1.0 - t) * up - t * p * down + focus)
@@ -329,17 +329,17 @@ class Asymmetric(ElementwiseLoss):
     def negative_triton(s, gamma_neg, gamma_pos, clip, eps, constant):
         log1p, up, down = logistic(s)
         q = tl.maximum(up - clip, 0.0)
-        value = -tl.maximum(log_missing(s, q, log1p, down, clip), tl.log(tl.maximum(eps, 1e-38)))
+        value = -tl.maximum(log_missing(s, q, log1p, down, clip), tl.log(tl.maximum(eps, 1.2e-38)))
         return tl.where(s == s, tl.where(q > 0.0, value * power(q, gamma_neg), 0.0), s)
 
     @triton_form_with(logistic=logistic, log_missing=log_missing, power=power)
     def negative_slope_triton(s, gamma_neg, gamma_pos, clip, eps, constant):
         log1p, up, down = logistic(s)
-        q, least = tl.maximum(up - clip, 0.0), tl.log(tl.maximum(eps, 1e-38))
+        q, least = tl.maximum(up - clip, 0.0), tl.log(tl.maximum(eps, 1.2e-38))
         value = -log_missing(s, q, log1p, down, clip)
         # sigma' [q^g / (1 - q) + g q^(g-1) value]
-        own = tl.where(value > -least, 0.0, 1.0 / tl.maximum(down + clip, 1e-38))
-        focus = tl.where(constant != 0.0, 0.0, gamma_neg * tl.minimum(value, -least) / tl.maximum(q, 1e-38))
+        own = tl.where(value > -least, 0.0, 1.0 / tl.maximum(down + clip, 1.2e-38))
+        focus = tl.where(constant != 0.0, 0.0, gamma_neg * tl.minimum(value, -least) / tl.maximum(q, 1.2e-38))
         return tl.where(s == s, tl.where(q > 0.0, up * down * power(q, gamma_neg) * (own + focus), 0.0), s)
 
     @classmethod
@@ -358,7 +358,7 @@ class Asymmetric(ElementwiseLoss):
     @triton_form_with(logistic=logistic, log_missing=log_missing, positive_part=positive_part, power=power)
     def mixture_triton(s, t, p, gamma_neg, gamma_pos, clip, eps, constant):
         log1p, up, down = logistic(s)
-        q, least = tl.maximum(up - clip, 0.0), tl.log(tl.maximum(eps, 1e-38))
+        q, least = tl.maximum(up - clip, 0.0), tl.log(tl.maximum(eps, 1.2e-38))
         positive, negative = -positive_part(-s) - log1p, log_missing(s, q, log1p, down, clip)
         value = -t * p * tl.maximum(positive, least) - (1.0 - t) * tl.maximum(negative, least)
         return tl.where(s == s, value * power(t * down + (1.0 - t) * q, gamma_pos * t + gamma_neg * (1.0 - t)), s)
@@ -366,13 +366,13 @@ class Asymmetric(ElementwiseLoss):
     @triton_form_with(logistic=logistic, log_missing=log_missing, positive_part=positive_part, power=power)
     def mixture_slope_triton(s, t, p, gamma_neg, gamma_pos, clip, eps, constant):
         log1p, up, down = logistic(s)
-        q, least = tl.maximum(up - clip, 0.0), tl.log(tl.maximum(eps, 1e-38))
+        q, least = tl.maximum(up - clip, 0.0), tl.log(tl.maximum(eps, 1.2e-38))
         positive, negative = -positive_part(-s) - log1p, log_missing(s, q, log1p, down, clip)
         inner = tl.where(q > 0.0, up * down, 0.0)  # dq / ds
-        own = (1.0 - t) * tl.where(negative < least, 0.0, inner / tl.maximum(down + clip, 1e-38))
+        own = (1.0 - t) * tl.where(negative < least, 0.0, inner / tl.maximum(down + clip, 1.2e-38))
         own -= t * p * tl.where(positive < least, 0.0, down)
         value = -t * p * tl.maximum(positive, least) - (1.0 - t) * tl.maximum(negative, least)
-        gamma, missing = gamma_pos * t + gamma_neg * (1.0 - t), tl.maximum(t * down + (1.0 - t) * q, 1e-38)
+        gamma, missing = gamma_pos * t + gamma_neg * (1.0 - t), tl.maximum(t * down + (1.0 - t) * q, 1.2e-38)
         focus = tl.where(constant != 0.0, 0.0, value * gamma * ((1.0 - t) * inner - t * up * down) / missing)
         return tl.where(s == s, power(missing, gamma) * (own + focus), s)
 
@@ -430,7 +430,7 @@ class Poly(ElementwiseLoss):
     @triton_form_with(logistic=logistic, cross_entropy=cross_entropy, power=power)
     def mixture_slope_triton(s, t, p, epsilon, gamma, alpha):
         log1p, up, down = logistic(s)
-        missing, turn = tl.maximum(t * down + (1.0 - t) * up, 1e-38), (1.0 - 2.0 * t) * up * down
+        missing, turn = tl.maximum(t * down + (1.0 - t) * up, 1.2e-38), (1.0 - 2.0 * t) * up * down
         epsilon *= 1.0 - t + t * p
         value = cross_entropy(s, 1.0 - t, t * p, log1p) + epsilon * missing
         share = tl.where(alpha < 0.0, 1.0, t * alpha + (1.0 - t) * (1.0 - alpha))
