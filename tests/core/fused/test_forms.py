@@ -137,7 +137,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "tensors", "axis"), CASES, ids=" ".join)
+@pytest.mark.parametrize(("name", "tensors", "axis"), CASES, ids=[" ".join(case) for case in CASES])
 @settings(max_examples=6, phases=[Phase.generate])
 @given(
     n=st.integers(1, 80), c=st.integers(1, 150), spread=st.sampled_from([0.1, 3.0, 40.0]), exclude=st.booleans(), seed=st.integers(0, 999)
