@@ -417,9 +417,9 @@ class SumFold(Fold):
         if self.vanishes and self.exclude_picks:
             s = tile.logits(True)
             if tile.scratch is not None and s.device.type == "cpu" and self.zero_below > -math.inf:
-                live = (~(s.amax(0) < self.zero_below)).nonzero().squeeze(-1)  # NaN is live
-                if 2 * live.numel() < s.shape[1]:
-                    s, tensors = s[:, live], [t[:, live] if t.shape[1] > 1 else t for t in tensors]
+                some = live(s, self.zero_below).nonzero().squeeze(-1)
+                if 2 * some.numel() < s.shape[1]:
+                    s, tensors = s[:, some], [t[:, some] if t.shape[1] > 1 else t for t in tensors]
             return (self.term(s, self.numbers, tensors).sum(-1, keepdim=True),)
         t = self.term(tile.s, self.numbers, tensors)
         if self.exclude_picks:
@@ -458,6 +458,11 @@ class SumFold(Fold):
     # (s, *tensors, *numbers), for the fused engine; what does not count is left out of the sum there
     term_triton: ClassVar[TritonForm | None] = None
     slope_triton: ClassVar[TritonForm | None] = None
+
+
+def live(s: Tensor, below: float) -> Tensor:
+    """(c,) bool: has the column a logit that is not below `below`? NaN is not."""
+    return ~(s.amax(0) < below)
 
 
 def _own(t: Tensor, tile: Tile) -> Tensor:

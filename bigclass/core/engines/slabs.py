@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from bigclass.core.engines.sink import OnSlab, Sink
-from bigclass.core.engines.tiles import Rows, Span, TileMaker, Upstream, Where, add_picks, logit_gradient, spans
-from bigclass.core.folds import Fold, State, SumFold, Tile
+from bigclass.core.engines.tiles import Rows, Span, TileMaker, Upstream, Where, add_picks, logit_gradient, spans, update
+from bigclass.core.folds import Fold, State, SumFold, live
 from bigclass.core.plan import Plan
 from bigclass.core.stream import Stream
 
@@ -55,7 +55,7 @@ def slab_loss(
             xs = maker.features(r)
             values = maker.bend(maker.raw(xs, ws, r, c, maker.pool.get("tile", r.size, c.size)), keep_inputs=True)
             for f, state in zip(observed, seen, strict=True):
-                _update(f, state, maker, values[-1], r, c)
+                update(f, tuple([t[r.start : r.stop] for t in state]), maker, values[-1], r, c, None)  # which counts every class
             g, values, live = _fold(maker, folds, states, up, values, r, c, maker.positions(r, c), sink)
             sink.add(g, values, xs, ws, sums, r, c, first_rows=r.start == 0, first_classes=c.start == 0, live=live)
         sink.close_slab(c, sums)
@@ -67,13 +67,6 @@ def slab_loss(
     found = [tuple([rows.scatter(t, fill) for t, fill in zip(s, f.identity(rows.total, like), strict=True)])
              for f, s in zip(observed, seen, strict=True)]  # fmt: skip
     return loss.to(maker.dtype), found, sink.finish()
-
-
-def _update(f: Fold, state: State, maker: TileMaker, s: Tensor, r: Span, c: Span) -> None:
-    """Show a tile to an observed fold, which counts every class."""
-    part = tuple([t[r.start : r.stop] for t in state])
-    for old, new in zip(part, f.update(part, maker.tile(f, s, r, c, None, "scratch"), maker.fold_tensors(f, r, c)), strict=True):
-        old.copy_(new)
 
 
 def _fold(
@@ -94,21 +87,21 @@ def _fold(
     assert isinstance(f, SumFold)
     _, (g_rows,) = up.of(0, f, r, c)
     assert g_rows is not None
-    live = live_classes(values[-1], f.zero_below, where)
+    some = live_classes(values[-1], f.zero_below, where)
     vectors = maker.fold_tensors(f, r, c)
-    if live is not None:
-        values, where = compact(maker, values, live, where)
-        vectors = [v[:, live] if v.shape[1] > 1 else v for v in vectors]
+    if some is not None:
+        values, where = compact(maker, values, some, where)
+        vectors = [v[:, some] if v.shape[1] > 1 else v for v in vectors]
     s = values[-1]
     out = maker.pool.get("g", *s.shape) if maker.stream.maps else s
-    tile = Tile(s, c.start, maker.pool.get("scratch", *s.shape), None if where is None else where[0])
+    tile = maker.tile(f, s, r, c, None if where is None else where[0], "scratch")
     tile.work = lambda i: maker.pool.get(f"work {i}", *s.shape)
     (part,) = f.lift_with_gradient(tile, vectors, g_rows, out)
     states[0][0][r.start : r.stop].add_(part)
     if maker.stream.maps:
         tile.restore()
     add_picks(out, where, r, up)
-    return out, values, live
+    return out, values, some
 
 
 def live_classes(s: Tensor, below: float, where: Where) -> Tensor | None:
@@ -117,16 +110,12 @@ def live_classes(s: Tensor, below: float, where: Where) -> Tensor | None:
     Only on a CPU: elsewhere their number would be a host sync."""
     if below == -torch.inf or s.device.type != "cpu":
         return None
-    live = torch.cat((~(s.amax(0) < below), s.new_zeros(1, dtype=torch.bool)))  # NaN is live. The last takes picks that lie elsewhere
+    found = live(s, below)
     if where is not None:
         flat, inside = where
-        live[torch.where(inside, flat % s.shape[1], s.shape[1])] = True
-        live = live[:-1]
-    else:
-        live = live[:-1]
-    if int(live.count_nonzero()) > _DENSE_SHARE * s.shape[1]:
-        return None
-    return live.nonzero().squeeze(-1)
+        found[(flat % s.shape[1])[inside]] = True
+    some = found.nonzero().squeeze(-1)
+    return None if some.numel() > _DENSE_SHARE * s.shape[1] else some
 
 
 def compact(maker: TileMaker, values: list[Tensor], live: Tensor, where: Where) -> tuple[list[Tensor], Where]:

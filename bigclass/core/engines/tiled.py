@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bigclass.core.engines.sink import OnSlab, Sink
 from bigclass.core.engines.slabs import slab_loss
-from bigclass.core.engines.tiles import Rows, Span, TileMaker, Upstream, add_picks, logit_gradient, spans
+from bigclass.core.engines.tiles import Rows, Span, TileMaker, Upstream, add_picks, logit_gradient, spans, update
 from bigclass.core.folds import Fold, State
 from bigclass.core.plan import Plan
 from bigclass.core.stream import Stream
@@ -35,15 +35,6 @@ _SPARE = 16  # elements between kept tiles: the first takes the picks that lie e
 def _identities(folds: Sequence[Fold], maker: TileMaker, rows: int) -> list[State]:
     like = maker.pool.get("empty", 0, 0)
     return [f.identity(rows if f.axis == "rows" else maker.c, like) for f in folds]
-
-
-def _update(f: Fold, state: State, maker: TileMaker, s: Tensor, r: Span, c: Span, flat: Tensor | None) -> None:
-    """Fold one tile into `state` (whose rows, or columns, are those of the tile)."""
-    tile = maker.tile(f, s, r, c, flat, "scratch")
-    new = f.update(state, tile, maker.fold_tensors(f, r, c))
-    tile.restore()
-    for old, part in zip(state, new, strict=True):
-        old.copy_(part)
 
 
 def _read_picks(maker: TileMaker, s: Tensor, flat: Tensor, picked: Tensor) -> None:
@@ -73,7 +64,7 @@ def reduce(
             for f, state in zip(folds, states, strict=True):
                 span = r if f.axis == "rows" else c
                 part = tuple([t[span.start : span.stop] for t in state])
-                _update(f, part, maker, s, r, c, None if where is None else where[0])
+                update(f, part, maker, s, r, c, None if where is None else where[0])
     full = []
     for f, state in zip(folds, states, strict=True):
         if f.axis == "rows" and rows.index is not None:
@@ -169,7 +160,7 @@ def stream_loss(
                 states[0] = folds[0].merge(states[0], local)
                 continue
             for f, state in zip(folds, states, strict=True):
-                _update(f, state, maker, s, r, c, flat)
+                update(f, state, maker, s, r, c, flat)
         total, grads, h, for_args = row_loss(states, picked, [rows.take(a, r) for a in args], rows.mask(r))
         loss = total if loss is None else loss + total
         for out, part in zip([d for d in dargs if d is not None], for_args, strict=True):

@@ -236,6 +236,15 @@ class TileMaker:
         return Tile(s.t(), r.start, None if work is None else work.t(), flat)
 
 
+def update(f: Fold, state: State, maker: TileMaker, s: Tensor, r: Span, c: Span, flat: Tensor | None) -> None:
+    """Fold one tile into `state` (whose rows, or columns, are those of the tile)."""
+    tile = maker.tile(f, s, r, c, flat, "scratch")
+    new = f.update(state, tile, maker.fold_tensors(f, r, c))
+    tile.restore()
+    for old, part in zip(state, new, strict=True):
+        old.copy_(part)
+
+
 @dataclass(slots=True)
 class Upstream:
     """What reached the op's outputs, for the rows that count from `start` on.

@@ -356,7 +356,7 @@ def stream_loss(
         up = _Up.of(source, folds, states, grads, h, r)
         sink.open_rows(r)
         for c in slabs:
-            g = source.gradient(r, c, [], up, stored, sink.boost)
+            g = source.gradient(r, c, [], up, stored[:, c.start : c.stop], sink.boost)
             sink.add(g, None, xs, maker.slab(c), sink.open_slab(c), r, c, first_rows=r.start == 0, first_classes=c.start == 0)
         sink.close_rows()
     if n == 0:
@@ -395,11 +395,11 @@ def slab_loss(
         stored = maker.pool.get("kept", n, c.size)
         for p, (x, w) in enumerate(zip(xs, ws, strict=True)):
             product(x, w.t(), stored, beta=float(p > 0))
-        found = source.cut(everything, c, stored).fold(scratch)
+        found = source.problem(everything, c, (), stored).fold(scratch)
         for f, state, new in zip((*folds, *observed), states, found, strict=True):
             for old, part in zip(state, f.merge(state, tuple([t.unsqueeze(-1) for t in new])), strict=True):
                 old.copy_(part)
-        g = source.gradient(everything, c, [], up, stored, sink.boost, whole=False)
+        g = source.gradient(everything, c, [], up, stored, sink.boost)
         sink.add(g, None, xs, ws, sums, everything, c, first_rows=True, first_classes=c.start == 0)
         sink.close_slab(c, sums)
     if n == 0:
@@ -462,34 +462,32 @@ class _Source:
         """The kernels' operands as those of the library's products: the same tensors, but wider where it has no products into fp32."""
         return [t.to(dtype) for t, dtype in zip(operands, self.maker.operand_dtypes, strict=True)]
 
+    def _slabs(self, plan: Plan) -> list[Span]:
+        """All classes at once, or, where w must be cast or laid out anew, a slab at a time."""
+        cast = any(w.dtype != dtype or w.stride(1) != 1 for (_, w), dtype in zip(self.stream.pairs, self.dtypes, strict=True))
+        return spans(self.c, plan.class_block) if cast else [Span(0, self.c)]
+
     def read_picks(self, r: Span, plan: Plan) -> Tensor:
         """The picked logits (r, K), in the picks' order, by row dots."""
         out = self.maker.pool.get("empty", 0, 0).new_zeros((r.size, picks_shape(self.picks)[1])) if self.picks else None
         made = compose.composition(self.stream.maps, [])
         xs = self.features(r)
-        cast = any(w.dtype != dtype or w.stride(1) != 1 for (_, w), dtype in zip(self.stream.pairs, self.dtypes, strict=True))
-        for c in spans(self.c, plan.class_block) if cast else [Span(0, self.c)]:
+        for c in self._slabs(plan):
             self.problem(r, c, list(zip(xs, self.weights(c), strict=True)), None).read_picks(made, out)
         assert out is not None
         return out
 
-    def cut(self, r: Span, c: Span, stored: Tensor) -> Problem:
-        """Rows r and classes c of it, whose products are `stored` (r, c)."""
-        return self.whole.cut(r, c, (), stored)
-
     def problem(self, r: Span, c: Span, pairs: Sequence[tuple[Tensor, Tensor]], stored: Tensor | None) -> Problem:
-        """Rows r and classes c of it. stored: the products of those rows with all classes."""
-        return self.whole.cut(r, c, tuple(pairs), None if stored is None else stored[:, c.start : c.stop])
+        """Rows r and classes c of it. stored: their products (r, c), if they are made already."""
+        return self.whole.cut(r, c, tuple(pairs), stored)
 
     def fold(self, r: Span, picked: Tensor | None, plan: Plan) -> list[State]:
-        """The folds over all classes: at once, or, where w must be cast or laid out anew, a slab at a time."""
+        """The folds over all classes."""
         if r.size == 0:
             like = self.maker.pool.get("empty", 0, 0)
             return [tuple([t.view(-1) for t in f.identity(0 if f.axis == "rows" else self.c, like)]) for f in self.folds]
         xs = self.features(r)
-        cast = any(w.dtype != dtype or w.stride(1) != 1 for (_, w), dtype in zip(self.stream.pairs, self.dtypes, strict=True))
-        slabs = spans(self.c, plan.class_block) if cast else [Span(0, self.c)]
-        found = [self.problem(r, c, list(zip(xs, self.weights(c), strict=True)), None).fold(picked) for c in slabs]
+        found = [self.problem(r, c, list(zip(xs, self.weights(c), strict=True)), None).fold(picked) for c in self._slabs(plan)]
         if len(found) == 1:
             return found[0]
         made = compose.composition(self.stream.maps, [compose.part_of(f) for f in self.folds])
@@ -503,10 +501,8 @@ class _Source:
             for i, f in enumerate(self.folds)
         ]
 
-    def gradient(
-        self, r: Span, c: Span, pairs: Sequence[tuple[Tensor, Tensor]], up: _Up, stored: Tensor | None, boost: float, whole: bool = True
-    ) -> Tensor:
-        """G of rows r and classes c, in the type of the products. whole: are `stored` of all classes, or of c?"""
+    def gradient(self, r: Span, c: Span, pairs: Sequence[tuple[Tensor, Tensor]], up: _Up, stored: Tensor | None, boost: float) -> Tensor:
+        """G of rows r and classes c, in the type of the products."""
         dtype = self.dtypes[0] if self.dtypes else torch.float32
         out = self._slab(r.size, c.size, dtype)
         states = [s if f.axis == "rows" else tuple([t[c.start : c.stop] for t in s]) for f, s in zip(self.folds, up.states, strict=True)]
@@ -514,8 +510,7 @@ class _Source:
             parts if f.axis == "rows" else [None if t is None else t[c.start : c.stop] for t in parts]
             for f, parts in zip(self.folds, up.grads, strict=True)
         ]
-        problem = self.problem(r, c, pairs, stored) if whole or stored is None else self.cut(r, c, stored)
-        problem.gradient(states, grads, up.h, up.keep, out, boost)
+        self.problem(r, c, pairs, stored).gradient(states, grads, up.h, up.keep, out, boost)
         return out
 
     def _slab(self, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
