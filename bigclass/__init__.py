@@ -10,6 +10,7 @@ from bigclass.core.updates import GradAccumulator
 from bigclass.heads import CCEHead, LazyLogits, LMHead, LogitsWarning, MarginHead, MultiLabelHead
 from bigclass.heads.criteria import convert_criterion
 from bigclass.integrations import convert_head, restore_head
+from bigclass.losses.contrastive import contrastive_loss, sigmoid_contrastive_loss
 from bigclass.losses.cross_entropy import linear_cross_entropy, linear_poly_cross_entropy
 from bigclass.losses.elementwise import ElementwiseLoss, register_elementwise_loss
 from bigclass.losses.log_prob import linear_log_prob, linear_logsumexp, linear_topk
@@ -43,6 +44,7 @@ __all__ = [
     "SparseTarget",
     "Stats",
     "TopClasses",
+    "contrastive_loss",
     "convert_criterion",
     "convert_head",
     "explain",
@@ -63,6 +65,7 @@ __all__ = [
     "planning",
     "register_elementwise_loss",
     "restore_head",
+    "sigmoid_contrastive_loss",
     "triton_form",
 ]
 

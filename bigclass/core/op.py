@@ -62,7 +62,7 @@ def reduce_logits(
         if picks is not None and torch.compiler.is_compiling():
             picks = _checked(picks, stream.shape[1])
         else:
-            _assert_picks(picks, stream.shape[1])
+            assert_picks(picks, stream.shape[1])
         states, picked = dense.reduce(stream, picks, keep, folds)
     else:
         refuse_transforms([*stream.tensors, *(t for f in folds for t in f.tensors)])
@@ -163,7 +163,7 @@ def _handed_on(
         raise ArgumentError("engine: 'dense' makes the whole C x D gradient; update= needs 'auto', 'tiled' or 'fused'")
     every = [*folds, *observed]
     _check(stream, picks, every, keep)
-    _assert_picks(picks, stream.shape[1])
+    assert_picks(picks, stream.shape[1])
     tensors = [*stream.tensors, *[t for f in every for t in f.tensors]]
     refuse_transforms(tensors)
     work = _work(stream, every, keep, scalar=False)
@@ -192,6 +192,36 @@ def _is_affine(row_loss: str, picks: Tensor | None, folds: Sequence[Fold], args:
     return row_loss in AFFINE and sums and len(folds) > 0 and not any(a.requires_grad for a in args)
 
 
+def spread_engine(stream: Stream, folds: Sequence[Fold], engine: str, classes: int) -> str:
+    """The streaming engine for `engine`, of a stream that will be run over this many classes, a piece at a time."""
+    _check(replace(stream, bias=None), None, folds, None)
+    work = replace(_work(stream, folds, None, scalar=False), c=classes)
+    name = choose_engine(work, engine)
+    return "tiled" if name == "dense" else name
+
+
+def fold_states(
+    stream: Stream, picks: Tensor | None, folds: Sequence[Fold], engine: str, workspace: int | None
+) -> tuple[list[State], Tensor | None]:
+    """`reduce_logits` by a streaming engine below autograd, for other ops to build on: raw states, each part (N, k) or (C, k)."""
+    assert_picks(picks, stream.shape[1])
+    with autocast_off(stream.device):
+        plan = make_plan(_work(stream, folds, None, scalar=False, grad=False), engine, Settings(workspace, "recompute"))
+        return streaming_engine(engine).reduce(stream, picks, None, folds, plan)
+
+
+def fold_gradients(
+    stream: Stream, picks: Tensor | None, folds: Sequence[Fold], states: Sequence[State], grads: Sequence[Sequence[Tensor | None]],
+    h: Tensor | None, needs: Sequence[bool], engine: str, workspace: int | None,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of the needed tensors of the stream, from any states (of more classes than these, say) and what reached them.
+
+    They come in fp32 (fp64), to be added to others before they are rounded."""
+    with autocast_off(stream.device):
+        plan = make_plan(_work(stream, folds, None, scalar=False, grad=True), engine, Settings(workspace, "recompute"))
+        return streaming_engine(engine).reduce_backward(stream, picks, None, folds, plan, states, grads, h, needs, keep_wide=True)
+
+
 # --- the custom ops -------------------------------------------------------------------------------------------------------------
 
 
@@ -200,7 +230,7 @@ def _reduce(
     tensors: list[Tensor], picks: Tensor | None, keep: Tensor | None, recipe: str, numbers: list[float], plan: str, needs: list[bool]
 ) -> list[Tensor]:
     stream, folds = unpack(recipe, numbers, tensors)
-    _assert_picks(picks, stream.shape[1])
+    assert_picks(picks, stream.shape[1])
     with autocast_off(stream.device):
         chosen = _plan(plan, _work(stream, folds, keep, scalar=False, grad=False))
         states, picked = streaming_engine(chosen.engine).reduce(stream, picks, keep, folds, chosen)
@@ -285,7 +315,7 @@ def _stream_loss(
 ) -> list[Tensor]:  # fmt: skip
     stream, every = unpack(recipe, numbers, tensors)
     folds, observed = _parted(every, plan)
-    _assert_picks(picks, stream.shape[1])
+    assert_picks(picks, stream.shape[1])
     arg_needs = needs[len(tensors) :]
     row_numbers = row_numbers[:-1]  # the caller's; the last only keeps the list from being empty, which autograd takes for tensors
 
@@ -390,7 +420,7 @@ _stream_loss.register_autograd(_stream_loss_gradients, setup_context=_stream_los
 @torch.library.custom_op("bigclass::checked_picks", mutates_args=())
 def _checked(picks: Tensor, c: int) -> Tensor:
     """The picks, once they are known to be classes (or -1): inside a traced graph nothing else can raise IndexError."""
-    _assert_picks(picks, c)
+    assert_picks(picks, c)
     return picks.clone()
 
 
@@ -507,7 +537,8 @@ def _check(stream: Stream, picks: Tensor | None, folds: Sequence[Fold], keep: Te
                 raise ArgumentError(f"fold {f.name!r}: a vector along the folded axis is a constant and gets no gradient; detach it")
 
 
-def _assert_picks(picks: Tensor | None, c: int) -> None:
+def assert_picks(picks: Tensor | None, c: int) -> None:
+    """Raise for a pick outside [-1, C); on CUDA an assertion on the device."""
     if picks is None or picks.numel() == 0:
         return
     if picks.device.type == "cpu":

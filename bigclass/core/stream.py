@@ -5,6 +5,7 @@ A stream says how the logit of row i and class j is made, without making it:
     z_ij = scale * (class_scale_j * (sum over pairs p of x_p[i] . w_p[j])  +  given_ij  +  bias_j)
     s_ij = maps(z_ij)
 
+With `bias_last` the bias stands behind the scale, z_ij = scale * (...) + bias_j, as that of a contrastive loss does.
 Several operand pairs are a sum of products (a LoRA head is two pairs, and no copy of w is made).
 `class_scale` is 1/||w_j|| for normalised heads; `normalized` says that it is, and then dw_j goes through the norm (engines/sink.py)
 and class_scale itself gets no gradient, which would be a second C x D tensor on its way into dw.
@@ -170,6 +171,7 @@ class Stream:
 
     pairs: ((x_p (N, D_p), w_p (C, D_p)), ...). bias: (C,). class_scale: (C,). given: (N, C).
     normalized: class_scale is `inverse_norms(w)` of the one pair (norms.py), a function of w and no tensor of its own.
+    bias_last: is the bias added after the scale?
     scale: a number times, if `scale_tensor` (shape [] or [1]) is there, a learnable scalar. maps: applied in order.
     compute_dtype: what the products' operands are cast to, tile by tile, on devices with units for it
     (autocast sets it); None: the wider of each pair's dtypes. Sums are always in fp32 (fp64 for fp64 operands).
@@ -184,11 +186,12 @@ class Stream:
     maps: tuple[Map, ...] = ()
     compute_dtype: torch.dtype | None = None
     normalized: bool = False
+    bias_last: bool = False
 
     def __post_init__(self) -> None:
         # A leading Scale is absorbed: exact, and free in every tile.
         maps, scale, tensor = list(self.maps), self.scale, self.scale_tensor
-        while maps and isinstance(maps[0], Scale) and not (maps[0].tensors and tensor is not None):
+        while maps and not self.bias_last and isinstance(maps[0], Scale) and not (maps[0].tensors and tensor is not None):
             first = maps.pop(0)
             if first.tensors:
                 tensor = first.tensors[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -48,8 +48,9 @@ class Case:
         z = sum(x @ w.t() for x, w in s.pairs)
         z = z if s.class_scale is None else z * s.class_scale
         z = z if s.given is None else z + s.given
-        z = z if s.bias is None else z + s.bias
+        z = z if s.bias is None or s.bias_last else z + s.bias
         z = z * s.scale * (1.0 if s.scale_tensor is None else s.scale_tensor.reshape(()))
+        z = z + s.bias if s.bias is not None and s.bias_last else z
         for m in s.maps:
             if isinstance(m, Softcap):
                 z = m.numbers[0] * torch.tanh(z / m.numbers[0])
@@ -102,6 +103,7 @@ def cases(draw, dtypes=(torch.float64, torch.float32), most_picks=4) -> Case:
         scale=draw(st.sampled_from([1.0, 0.5])),
         maps=tuple(make[m]() for m in maps),
     )
+    stream = replace(stream, bias_last=draw(st.booleans()))  # behind the scale that the maps have been absorbed into
     picks = keep = None
     if draw(st.booleans()):
         k = draw(st.integers(1, most_picks))

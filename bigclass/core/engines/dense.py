@@ -36,12 +36,14 @@ def logits(stream: Stream, keep: Tensor | None = None) -> Tensor:
             given = given.masked_fill(~keep.unsqueeze(-1), 0.0)
         s = given if s is None else s + given
     assert s is not None
-    if stream.bias is not None:
+    if stream.bias is not None and not stream.bias_last:
         s = s + stream.bias.to(dtype)
     if stream.scale != 1.0:
         s = s * stream.scale
     if stream.scale_tensor is not None:
         s = s * stream.scale_tensor.to(dtype).reshape(())
+    if stream.bias is not None and stream.bias_last:
+        s = s + stream.bias.to(dtype)
     for m in stream.maps:
         s = m.forward(s, m.numbers, m.tensors)
     return s

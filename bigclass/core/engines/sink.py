@@ -6,6 +6,7 @@ From a tile's G = dL/dz (r, c), with y = sum_p x_p w_p^T, z = scale (class_scale
     dw_p    += scale class_scale (G^T x_p)            d(class_scale)_j = scale <w_j, (G^T x)_j>
     dx_p    += scale (G class_scale) w_p              d(scale) = <x, dx/scale> + <bias, db/scale> + <given, G>
 
+A bias behind the scale (`Stream.bias_last`) has db_j = sum_i G_ij and no part in d(scale).
 Where class_scale_j is r_j = 1/||w_j|| (`Stream.normalized`), dw_j has the part that goes through the norm too, with u = scale G^T x:
 
     dw_j    = r_j (u_j - r_j^2 <w_j, u_j> w_j)        made in place when the sum is complete
@@ -62,7 +63,7 @@ class Sink:
         stored = [need and on_slab is None for need in self.need_w]
         self.dw = [fresh(w, w.shape, final(w)) if need else None for (_, w), need in zip(st.pairs, stored, strict=True)]
         like, c = st.tensors[0], maker.c
-        self.db = like.new_zeros(c, dtype=acc) if self.need_bias or (need_scale and st.bias is not None) else None
+        self.db = like.new_zeros(c, dtype=acc) if self.need_bias or (need_scale and st.bias is not None and not st.bias_last) else None
         self.dcs = like.new_zeros(c, dtype=acc) if self.need_cs else None
         self.dgiven = st.given.new_zeros(st.given.shape, dtype=final(st.given)) if self.need_given and st.given is not None else None
         self.dscale = like.new_zeros((), dtype=acc) if need_scale else None
@@ -270,9 +271,11 @@ class Sink:
         for dx, dw in zip(self.dx, self.dw, strict=True):
             out += [t for t in (dx, dw) if t is not None]
         if self.db is not None:
-            if self.dscale is not None and st.bias is not None:
+            if self.dscale is not None and st.bias is not None and not st.bias_last:
                 self.dscale.add_((self.db * st.bias.to(maker.dtype)).sum())
-            if self.need_bias:
+            if self.need_bias and st.bias_last:
+                out.append(self.db)
+            elif self.need_bias:
                 db = self.db.mul_(maker.alpha)
                 out.append(db if maker.alpha_tensor is None else db.mul_(maker.alpha_tensor))
         if self.dcs is not None:

@@ -157,11 +157,13 @@ def read_picks(maker: TileMaker, span: Span) -> Tensor:
             z *= stream.class_scale[classes].to(maker.dtype)
         if stream.given is not None:
             z += rows.take(stream.given, here).gather(1, classes).to(maker.dtype)
-        if stream.bias is not None:
+        if stream.bias is not None and not stream.bias_last:
             z += stream.bias[classes].to(maker.dtype)
         z *= maker.alpha
         if maker.alpha_tensor is not None:
             z *= maker.alpha_tensor
+        if stream.bias is not None and stream.bias_last:
+            z += stream.bias[classes].to(maker.dtype)
         for m in stream.maps:
             z.copy_(m.forward(z.clone(), m.numbers, m.tensors))
         z.masked_fill_(at < 0, 0.0)

@@ -79,14 +79,14 @@ def reduce(
 def reduce_backward(
     stream: Stream, picks: Tensor | None, keep: Tensor | None, folds: Sequence[Fold], plan: Plan,
     states: Sequence[State], grads: Sequence[Sequence[Tensor | None]], h: Tensor | None, needs: Sequence[bool],
-    on_slab: OnSlab | None = None,
+    on_slab: OnSlab | None = None, keep_wide: bool = False,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of the needed tensors, from the states and what reached them. The tiles are made again.
 
-    on_slab: takes that of the only weight a slab at a time, which is then not among those returned."""
+    on_slab: takes that of the only weight a slab at a time, which is then not among those returned. keep_wide: return them in fp32."""
     rows = Rows(stream.shape[0], keep)
     maker = TileMaker(stream, picks, rows)
-    sink = Sink(maker, folds, needs, keep_wide=False, whole=False, on_slab=on_slab)
+    sink = Sink(maker, folds, needs, keep_wide=keep_wide, whole=False, on_slab=on_slab)
     if rows.count == 0:
         sink.no_rows()
         return sink.finish()

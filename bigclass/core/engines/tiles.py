@@ -171,24 +171,27 @@ class TileMaker:
         """z (r, c): everything but the maps, in `out`."""
         st = self.stream
         # the scale rides in the product unless something must be added before it
-        late = st.class_scale is not None or st.given is not None or st.bias is not None
+        early_bias = st.bias is not None and not st.bias_last
+        late = st.class_scale is not None or st.given is not None or early_bias
         alpha = 1.0 if late else self.alpha
         for p, (x, w) in enumerate(zip(xs, ws, strict=True)):
             product(x, w.t(), out, beta=float(p > 0), alpha=alpha)
         if st.class_scale is not None and xs:
             factor = st.class_scale[c.start : c.stop].to(self.dtype)
-            if st.given is None and st.bias is None:  # nothing is added before the scale, which then rides along
+            if st.given is None and not early_bias:  # nothing is added before the scale, which then rides along
                 late, factor = False, factor * self.alpha
             out.mul_(factor)
         if st.given is not None:
             given = self.rows.take(st.given[:, c.start : c.stop], r)
             out.add_(given) if xs else out.copy_(given)
-        if st.bias is not None:
+        if st.bias is not None and early_bias:
             out.add_(st.bias[c.start : c.stop].to(self.dtype))
         if late and self.alpha != 1.0:
             out.mul_(self.alpha)
         if self.alpha_tensor is not None:
             out.mul_(self.alpha_tensor)
+        if st.bias is not None and st.bias_last:
+            out.add_(st.bias[c.start : c.stop].to(self.dtype))
         return out
 
     @property

@@ -127,6 +127,7 @@ class Problem:
             "TMA": tma,
             "EVEN_D": all(d % config.BK == 0 for d in sizes),
             "SCALED": st.scale != 1.0,
+            "BIAS_LAST": st.bias_last,
             "PRECISION": launch.precision(dtype) if pairs else "ieee",
             "INTERPRETED": interpreting(),
         }
@@ -237,7 +238,8 @@ class Problem:
             [*pointers, self.picks, h, base, _tuple(own, filler), out, self.stream.scale, boost, _tuple(numbers, 0.0), self.class_base,
              self.n, self.c, self.k, *numbers_of, out.stride(0)],
             {"MAP_BACK": made.map_back, "HAS_MAPS": bool(self.stream.maps),
-             "BLOCK": launch.ROWS.BM, "BK": launch.ROWS.BK, "SCALED": constants["SCALED"], "INTERPRETED": interpreting()},
+             "BLOCK": launch.ROWS.BM, "BK": launch.ROWS.BK, "SCALED": constants["SCALED"], "BIAS_LAST": constants["BIAS_LAST"],
+             "INTERPRETED": interpreting()},
             launch.ROWS,
         )  # fmt: skip
 
@@ -250,7 +252,8 @@ class Problem:
             self.stream.device,
             [*pointers, self.picks, picked, _tuple(tensors, filler), self.stream.scale, _tuple(numbers, 0.0),
              self.class_base, self.n, self.c, self.k, *numbers_of],
-            {"BEND": made.bend, "BLOCK": launch.ROWS.BM, "BK": launch.ROWS.BK, "SCALED": constants["SCALED"]},
+            {"BEND": made.bend, "BLOCK": launch.ROWS.BM, "BK": launch.ROWS.BK, "SCALED": constants["SCALED"],
+             "BIAS_LAST": constants["BIAS_LAST"]},
             launch.ROWS,
         )  # fmt: skip
 
@@ -297,12 +300,14 @@ def picks_shape(picks: Picks) -> tuple[int, int]:
 def reduce_backward(
     stream: Stream, picks: Tensor | None, keep: Tensor | None, folds: Sequence[Fold], plan: Plan,
     states: Sequence[State], grads: Sequence[Sequence[Tensor | None]], h: Tensor | None, needs: Sequence[bool],
-    on_slab: OnSlab | None = None,
+    on_slab: OnSlab | None = None, keep_wide: bool = False,
 ) -> list[Tensor]:  # fmt: skip
-    """Gradients of the needed tensors, from the states and what reached them. Tiles are made again, a slab of classes at a time."""
+    """Gradients of the needed tensors, from the states and what reached them. Tiles are made again, a slab of classes at a time.
+
+    on_slab, keep_wide: of the sink (sink.py)."""
     source = _Source(stream, picks, folds, keep)
     maker, n = source.maker, stream.shape[0]
-    sink = Sink(maker, folds, needs, keep_wide=False, whole=False, on_slab=on_slab)
+    sink = Sink(maker, folds, needs, keep_wide=keep_wide, whole=False, on_slab=on_slab)
     everything = Span(0, n)
     if n == 0:
         sink.no_rows()
@@ -314,7 +319,7 @@ def reduce_backward(
     for c in spans(maker.c, plan.class_block):
         sums = sink.open_slab(c)
         ws = source.weights(c)
-        g = source.gradient(everything, c, list(zip(operands, ws, strict=True)), up, None, 1.0)
+        g = source.gradient(everything, c, list(zip(operands, ws, strict=True)), up, None, sink.boost)
         sink.add(g, None, xs, source.of_products(ws), sums, everything, c, first_rows=True, first_classes=c.start == 0)
         sink.close_slab(c, sums)
     sink.close_rows()

@@ -74,7 +74,7 @@ def _product(acc, x, w, row0, class0, x_stride, w_stride, N, C, D, BM: tl.conste
 def _raw(x0, w0, x1, w1, stored, class_scale, given, bias, scale, scale_tensor, row0, class0, rows, cols, N, C, D0, D1,
          x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, given_stride,
          BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, EVEN_D: tl.constexpr, SCALED: tl.constexpr,
-         PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
+         BIAS_LAST: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
     """z (BM, BN): the logits before the maps. stored: the products, if they lie in memory already."""
     inside = (rows < N)[:, None] & (cols < C)[None, :]
     if stored is not None:
@@ -88,12 +88,14 @@ def _raw(x0, w0, x1, w1, stored, class_scale, given, bias, scale, scale_tensor, 
         acc *= tl.load(class_scale + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
     if given is not None:
         acc += grid(given, row0, class0, given_stride, N, C, BM, BN)
-    if bias is not None:
+    if bias is not None and not BIAS_LAST:
         acc += tl.load(bias + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
     if SCALED:
         acc *= scale
     if scale_tensor is not None:
         acc *= tl.load(scale_tensor).to(tl.float32)
+    if bias is not None and BIAS_LAST:
+        acc += tl.load(bias + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
     return acc
 
 
@@ -126,11 +128,12 @@ column_out,
                BEND: tl.constexpr, UPDATE: tl.constexpr, COLUMNS: tl.constexpr, HAS_COLUMNS: tl.constexpr, ONE_PICK: tl.constexpr,
                READ: tl.constexpr, EXCLUDE: tl.constexpr, MASKED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                TMA: tl.constexpr, EVEN_D: tl.constexpr,
-               SCALED: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
+               SCALED: tl.constexpr, BIAS_LAST: tl.constexpr, PRECISION: tl.constexpr,
+         INTERPRETED: tl.constexpr):  # fmt: skip
     """Fold one tile into the band's state. `at`: with one pick a row its class, else the number of picks passed."""
     cols = class0 + tl.arange(0, BN)
     z = _raw(x0, w0, x1, w1, stored, class_scale, given, bias, scale, scale_tensor, row0, class0, rows, cols, N, C, D0, D1,
-             x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, given_stride, BM, BN, BK, TMA, EVEN_D, SCALED, PRECISION,
+             x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, given_stride, BM, BN, BK, TMA, EVEN_D, SCALED, BIAS_LAST, PRECISION,
              INTERPRETED)  # fmt: skip
     s = BEND(z, tensors, numbers)
     live = (cols < C)[None, :]
@@ -174,7 +177,8 @@ def fold(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, picks, 
          BEND: tl.constexpr, START: tl.constexpr, UPDATE: tl.constexpr, STORE: tl.constexpr, COLUMNS: tl.constexpr,
          HAS_COLUMNS: tl.constexpr, ONE_PICK: tl.constexpr, READ: tl.constexpr, EXCLUDE: tl.constexpr,
          BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-         TMA: tl.constexpr, EVEN_D: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
+         TMA: tl.constexpr, EVEN_D: tl.constexpr, SCALED: tl.constexpr, BIAS_LAST: tl.constexpr, PRECISION: tl.constexpr,
+         INTERPRETED: tl.constexpr):  # fmt: skip
     # GROUP bands x all splits run side by side: their x stays in L2, and each tile of w is read once for GROUP bands
     bands = tl.cdiv(N, BM)
     group = tl.program_id(0) // (GROUP * splits)
@@ -199,13 +203,13 @@ def fold(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, picks, 
         state, at = _fold_tile(
             state, at, x0, w0, x1, w1, stored, class_scale, given, bias, scale, scale_tensor, picks, picked, tensors, numbers, column_out,
             block, row0, t * BN, rows, class_base, N, C, K, D0, D1, x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, given_stride,
-            BEND, UPDATE, COLUMNS, HAS_COLUMNS, ONE_PICK, READ, EXCLUDE, False, BM, BN, BK, TMA, EVEN_D, SCALED, PRECISION,
+            BEND, UPDATE, COLUMNS, HAS_COLUMNS, ONE_PICK, READ, EXCLUDE, False, BM, BN, BK, TMA, EVEN_D, SCALED, BIAS_LAST, PRECISION,
             INTERPRETED)  # fmt: skip
     for t in range(whole, last):  # at most one tile, the ragged last
         state, at = _fold_tile(
             state, at, x0, w0, x1, w1, stored, class_scale, given, bias, scale, scale_tensor, picks, picked, tensors, numbers, column_out,
             block, row0, t * BN, rows, class_base, N, C, K, D0, D1, x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, given_stride,
-            BEND, UPDATE, COLUMNS, HAS_COLUMNS, ONE_PICK, READ, EXCLUDE, True, BM, BN, BK, TMA, EVEN_D, SCALED, PRECISION,
+            BEND, UPDATE, COLUMNS, HAS_COLUMNS, ONE_PICK, READ, EXCLUDE, True, BM, BN, BK, TMA, EVEN_D, SCALED, BIAS_LAST, PRECISION,
             INTERPRETED)  # fmt: skip
     STORE(state, row_out, split.to(tl.int64) * N, rows, N)
 
@@ -226,7 +230,7 @@ def gradient(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, pic
              x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, given_stride, out_stride,
              BEND: tl.constexpr, GRADIENT: tl.constexpr, ONE_PICK: tl.constexpr, EXCLUDE: tl.constexpr,
              BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr, TMA_OUT: tl.constexpr,
-             EVEN_D: tl.constexpr, SCALED: tl.constexpr,
+             EVEN_D: tl.constexpr, SCALED: tl.constexpr, BIAS_LAST: tl.constexpr,
              PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, BOOSTED: tl.constexpr):  # fmt: skip
     """out[i, j] = boost dL/dz_ij but for the picks' own gradients, one tile a program.
 
@@ -240,7 +244,7 @@ def gradient(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, pic
     rows, cols = row0 + tl.arange(0, BM), class0 + tl.arange(0, BN)
 
     z = _raw(x0, w0, x1, w1, stored, class_scale, given, bias, scale, scale_tensor, row0, class0, rows, cols, N, C, D0, D1,
-             x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, given_stride, BM, BN, BK, TMA, EVEN_D, SCALED, PRECISION,
+             x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, given_stride, BM, BN, BK, TMA, EVEN_D, SCALED, BIAS_LAST, PRECISION,
              INTERPRETED)  # fmt: skip
     s = BEND(z, tensors, numbers)
     live = (cols < C)[None, :]
@@ -292,7 +296,7 @@ def gradient(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, pic
 @triton.jit
 def _raw_picks(x0, w0, x1, w1, stored, class_scale, given, bias, scale, scale_tensor, rows, pick, inside, C, D0, D1,
                x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, given_stride,
-               BLOCK: tl.constexpr, BK: tl.constexpr, SCALED: tl.constexpr):  # fmt: skip
+               BLOCK: tl.constexpr, BK: tl.constexpr, SCALED: tl.constexpr, BIAS_LAST: tl.constexpr):  # fmt: skip
     """z (BLOCK,) of rows at their picks: N K dot products."""
     if stored is not None:
         acc = tl.load(stored + rows * stored_stride + pick, mask=inside, other=0.0)
@@ -304,12 +308,14 @@ def _raw_picks(x0, w0, x1, w1, stored, class_scale, given, bias, scale, scale_te
         acc *= tl.load(class_scale + pick, mask=inside, other=0.0).to(tl.float32)
     if given is not None:
         acc += tl.load(given + rows * given_stride + pick, mask=inside, other=0.0).to(tl.float32)
-    if bias is not None:
+    if bias is not None and not BIAS_LAST:
         acc += tl.load(bias + pick, mask=inside, other=0.0).to(tl.float32)
     if SCALED:
         acc *= scale
     if scale_tensor is not None:
         acc *= tl.load(scale_tensor).to(tl.float32)
+    if bias is not None and BIAS_LAST:
+        acc += tl.load(bias + pick, mask=inside, other=0.0).to(tl.float32)
     return acc
 
 
@@ -328,14 +334,15 @@ def _row_dot(x, w, rows, pick, inside, D, x_stride, w_stride, BLOCK: tl.constexp
 @triton.jit(do_not_specialize=["class_base", "N", "C", "K"])
 def read_picks(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, picks, picked, tensors,
                scale, numbers, class_base, N, C, K, D0, D1, x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, given_stride,
-               BEND: tl.constexpr, BLOCK: tl.constexpr, BK: tl.constexpr, SCALED: tl.constexpr):  # fmt: skip
+               BEND: tl.constexpr, BLOCK: tl.constexpr, BK: tl.constexpr, SCALED: tl.constexpr, BIAS_LAST: tl.constexpr):  # fmt: skip
     """picked (N, K): the logits at those picks that are among the classes [class_base, class_base + C)."""
     rows = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     for k in range(0, K):
         pick = tl.load(picks + rows * K + k, mask=rows < N, other=-1) - class_base
         inside = (pick >= 0) & (pick < C) & (rows < N)
         z = _raw_picks(x0, w0, x1, w1, stored, class_scale, given, bias, scale, scale_tensor, rows, pick, inside, C, D0, D1,
-                       x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, given_stride, BLOCK, BK, SCALED)  # fmt: skip
+                       x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, given_stride, BLOCK, BK, SCALED,
+                           BIAS_LAST)  # fmt: skip
         tl.store(picked + rows * K + k, BEND(z, tensors, numbers), mask=inside)
 
 
@@ -344,7 +351,7 @@ def add_picks(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, pi
               scale, boost, numbers, class_base, N, C, K, D0, D1,
               x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, given_stride, out_stride,
               MAP_BACK: tl.constexpr, HAS_MAPS: tl.constexpr, BLOCK: tl.constexpr, BK: tl.constexpr, SCALED: tl.constexpr,
-              INTERPRETED: tl.constexpr):  # fmt: skip
+              BIAS_LAST: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
     """out[i, pick_ik] = base_ik + boost (sum of h over equal picks of the row, through the maps), rounded once.
 
     h: (N, K), 0 where a row does not count. base: (N, K), boosted already, or None for 0. Equal picks write the same number."""
@@ -359,7 +366,8 @@ def add_picks(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, pi
         g *= boost
         if HAS_MAPS:
             z = _raw_picks(x0, w0, x1, w1, stored, class_scale, given, bias, scale, scale_tensor, rows, pick, inside, C, D0, D1,
-                           x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, given_stride, BLOCK, BK, SCALED)  # fmt: skip
+                           x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, given_stride, BLOCK, BK, SCALED,
+                           BIAS_LAST)  # fmt: skip
             g = MAP_BACK(g, z, tensors, numbers)
         if base is not None:
             g += tl.load(base + rows * K + k, mask=inside, other=0.0)

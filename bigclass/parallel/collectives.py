@@ -1,0 +1,163 @@
+"""Collectives with gradients, in two conventions.
+
+What follows a merge is computed alike on every rank (each holds the whole loss), so that its gradient is known everywhere already:
+
+    sum_over, merge_states      forward: all-reduce     backward: nothing to send
+
+What each rank uses for a part of the loss of its own gets the parts added up:
+
+    gather_rows                 forward: all-gather     backward: reduce-scatter, each row's gradient is wanted by its owner alone
+    replicated                  forward: nothing        backward: all-reduce of a parameter that all ranks hold
+
+With these the gradients on a rank are those of the one global loss by what the rank holds. Data parallelism then averages those of the
+parameters over ranks, and would divide them by their number: `scaled_gradient` multiplies by it first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed._functional_collectives as functional
+from torch import Tensor
+
+from bigclass.core.errors import ArgumentError
+from bigclass.core.folds import Fold, LogSumExp, State, SumFold
+from bigclass.parallel.groups import Ranks
+
+
+def batch_sizes(n: int, ranks: Ranks, device: torch.device) -> list[int]:
+    """How many rows each rank has. Their exchange is one number a rank, which the host waits for.
+
+    In a traced graph, which cannot wait, they must all have n: elsewhere an assertion (on CUDA: on the device) fails."""
+    mine = torch.tensor([n, -n], device=device)
+    if torch.compiler.is_compiling():
+        most = functional.all_reduce(mine, "max", ranks.name)
+        torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
+            most[0] == -most[1], "bigclass: under torch.compile all ranks of a group must have batches of the same size"
+        )
+        return [n] * ranks.size
+    return _wait(functional.all_gather_tensor(mine[:1], 0, ranks.name)).tolist()
+
+
+def _wait(t: Tensor) -> Tensor:
+    return functional.wait_tensor(t)
+
+
+def padded(t: Tensor, rows: int) -> Tensor:
+    """t (n, ...) with zero rows up to `rows`, contiguous."""
+    if t.shape[0] == rows:
+        return t.contiguous()
+    out = t.new_zeros((rows, *t.shape[1:]))
+    out[: t.shape[0]] = t
+    return out
+
+
+def unpadded(t: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The rows that count of t (W most, ...), of which rank q has the first sizes[q] of its `most`."""
+    most = max(sizes)
+    if all(n == most for n in sizes):
+        return t
+    return torch.cat([t[q * most : q * most + n] for q, n in enumerate(sizes)])
+
+
+def start_gather(t: Tensor, sizes: Sequence[int], ranks: Ranks) -> Tensor:
+    """All ranks' rows, in order, padded (`unpadded` undoes it), perhaps still on their way: the first use waits."""
+    return functional.all_gather_tensor(padded(t.detach(), max(sizes)), 0, ranks.name)
+
+
+def scatter_sum(t: Tensor, sizes: Sequence[int], ranks: Ranks) -> Tensor:
+    """The sum over ranks of t (sum of sizes, ...), of which this rank gets its own rows."""
+    most = max(sizes)
+    if any(n != most for n in sizes):
+        t = torch.cat([padded(part, most) for part in t.split(list(sizes))])
+    return _wait(functional.reduce_scatter_tensor(t.contiguous(), "sum", 0, ranks.name))[: sizes[ranks.rank]]
+
+
+def shift(t: Tensor, ranks: Ranks) -> Tensor:
+    """t of the rank before this one, perhaps still on its way."""
+    return functional.permute_tensor(t, [(q + 1) % ranks.size for q in range(ranks.size)], ranks.name)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, t, sizes, ranks):
+        ctx.sizes, ctx.ranks = sizes, ranks
+        return unpadded(_wait(start_gather(t, sizes, ranks)), sizes)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return scatter_sum(grad, ctx.sizes, ctx.ranks), None, None
+
+
+def gather_rows(t: Tensor, sizes: Sequence[int], ranks: Ranks) -> Tensor:
+    """(sum of sizes, ...): the rows of all ranks, rank after rank. Each rank's gradient is the sum of what reached its rows anywhere."""
+    return _GatherRows.apply(t, list(sizes), ranks)
+
+
+class _SumOver(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, t, ranks):
+        return _wait(functional.all_reduce(t, "sum", ranks.name))
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def sum_over(t: Tensor, ranks: Ranks) -> Tensor:
+    """The sum of t over the ranks, each of which goes on to compute the same with it."""
+    return _SumOver.apply(t, ranks)
+
+
+class _Replicated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, t, ranks, factor):
+        ctx.ranks, ctx.factor = ranks, factor
+        return t.view_as(t)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _wait(functional.all_reduce(grad * ctx.factor, "sum", ctx.ranks.name)), None, None
+
+
+def replicated(t: Tensor, ranks: Ranks, factor: float = 1.0) -> Tensor:
+    """t, which all ranks hold and each uses for its part: the gradient is the sum of the parts (times factor), on every rank."""
+    return _Replicated.apply(t, ranks, factor)
+
+
+class _ScaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, t, factor):
+        ctx.factor = factor
+        return t.view_as(t)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.factor, None
+
+
+def scaled_gradient(t: Tensor, factor: float) -> Tensor:
+    """t, with factor times its gradient."""
+    return t if factor == 1.0 else _ScaledGradient.apply(t, factor)
+
+
+def merge_states(fold: Fold, state: State, ranks: Ranks) -> State:
+    """The state of what all ranks folded.
+
+    A log-sum-exp by two all-reduces (largest, then sum), a sum by one, two numbers a row; other monoids by gathering all states and
+    merging them in the order of the ranks, which is the same on each."""
+    if type(fold) is LogSumExp:
+        m, mass = state
+        top = _wait(functional.all_reduce(m.detach(), "max", ranks.name))
+        down = (m - top.clamp_min(torch.finfo(top.dtype).min)).exp()
+        return top, sum_over(mass * down, ranks)
+    if isinstance(fold, SumFold):
+        return tuple([sum_over(t, ranks) for t in state])
+    if any(t.requires_grad for t in state):
+        raise ArgumentError(f"fold {fold.name!r}: its states are merged over ranks without gradients; detach them")
+    gathered = [_wait(functional.all_gather_tensor(t.contiguous(), 0, ranks.name)).unflatten(0, (ranks.size, -1)) for t in state]
+    merged = tuple([t[0] for t in gathered])
+    for q in range(1, ranks.size):
+        merged = fold.merge(merged, tuple([t[q] for t in gathered]))
+    return merged
