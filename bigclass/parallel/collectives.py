@@ -25,6 +25,10 @@ from bigclass.core.errors import ArgumentError
 from bigclass.core.folds import Fold, LogSumExp, State, SumFold
 from bigclass.parallel.groups import Ranks
 
+# new names from torch 2.13 on
+_all_gather = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
+_reduce_scatter = getattr(functional, "reduce_scatter_single", None) or functional.reduce_scatter_tensor
+
 
 def batch_sizes(n: int, ranks: Ranks, device: torch.device) -> list[int]:
     """How many rows each rank has. Their exchange is one number a rank, which the host waits for.
@@ -37,7 +41,7 @@ def batch_sizes(n: int, ranks: Ranks, device: torch.device) -> list[int]:
             most[0] == -most[1], "bigclass: under torch.compile all ranks of a group must have batches of the same size"
         )
         return [n] * ranks.size
-    return _wait(functional.all_gather_tensor(mine[:1], 0, ranks.name)).tolist()
+    return _wait(_all_gather(mine[:1], 0, ranks.name)).tolist()
 
 
 def _wait(t: Tensor) -> Tensor:
@@ -63,7 +67,7 @@ def unpadded(t: Tensor, sizes: Sequence[int]) -> Tensor:
 
 def start_gather(t: Tensor, sizes: Sequence[int], ranks: Ranks) -> Tensor:
     """All ranks' rows, in order, padded (`unpadded` undoes it), perhaps still on their way: the first use waits."""
-    return functional.all_gather_tensor(padded(t.detach(), max(sizes)), 0, ranks.name)
+    return _all_gather(padded(t.detach(), max(sizes)), 0, ranks.name)
 
 
 def scatter_sum(t: Tensor, sizes: Sequence[int], ranks: Ranks) -> Tensor:
@@ -71,12 +75,14 @@ def scatter_sum(t: Tensor, sizes: Sequence[int], ranks: Ranks) -> Tensor:
     most = max(sizes)
     if any(n != most for n in sizes):
         t = torch.cat([padded(part, most) for part in t.split(list(sizes))])
-    return _wait(functional.reduce_scatter_tensor(t.contiguous(), "sum", 0, ranks.name))[: sizes[ranks.rank]]
+    return _wait(_reduce_scatter(t.contiguous(), "sum", 0, ranks.name))[: sizes[ranks.rank]]
 
 
 def shift(t: Tensor, ranks: Ranks) -> Tensor:
     """t of the rank before this one, perhaps still on its way."""
-    return functional.permute_tensor(t, [(q + 1) % ranks.size for q in range(ranks.size)], ranks.name)
+    to, source = [0] * ranks.size, [0] * ranks.size
+    to[(ranks.rank + 1) % ranks.size] = source[(ranks.rank - 1) % ranks.size] = t.shape[0]
+    return functional.all_to_all_single(t, source, to, ranks.name)
 
 
 class _GatherRows(torch.autograd.Function):
@@ -156,7 +162,7 @@ def merge_states(fold: Fold, state: State, ranks: Ranks) -> State:
         return tuple([sum_over(t, ranks) for t in state])
     if any(t.requires_grad for t in state):
         raise ArgumentError(f"fold {fold.name!r}: its states are merged over ranks without gradients; detach them")
-    gathered = [_wait(functional.all_gather_tensor(t.contiguous(), 0, ranks.name)).unflatten(0, (ranks.size, -1)) for t in state]
+    gathered = [_wait(_all_gather(t.contiguous(), 0, ranks.name)).unflatten(0, (ranks.size, -1)) for t in state]
     merged = tuple([t[0] for t in gathered])
     for q in range(1, ranks.size):
         merged = fold.merge(merged, tuple([t[q] for t in gathered]))
