@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from bigclass.core.errors import ArgumentError, ArgumentTypeError
+from bigclass.core.errors import ArgumentError
 from bigclass.core.updates import SlabUpdate
 from bigclass.heads.linear import LinearHead
 from bigclass.losses.classwise import REDUCTIONS
@@ -128,8 +127,6 @@ class MultiLabelHead(LinearHead):
         if positives is None:
             return self._output(features)
         check_linear(features, self.weight, self.bias)
-        if update is not None and torch.is_grad_enabled() and not self.weight.requires_grad:
-            raise ArgumentTypeError("update: the head's weight is frozen; leave update=None")
         stream = make_stream(features, self.weight, self.bias, self.softcap, self.logit_scale)
         lead = features.shape[:-1]
         targets = read_positives(positives, lead, self.out_features, features.device)
