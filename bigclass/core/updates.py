@@ -158,12 +158,7 @@ class _HandedOn(torch.autograd.Function):
 
 
 def handed_on(problem: Problem, tensors: Sequence[Tensor]) -> tuple[Tensor, list[State]]:
-    """The loss, and the states of the observed folds. It breaks a graph that is being traced: its backward writes to parameters."""
-    apart: Any = torch.compiler.disable(_apply)
-    return apart(problem, tensors)
-
-
-def _apply(problem: Problem, tensors: Sequence[Tensor]) -> tuple[Tensor, list[State]]:
+    """The loss, and the states of the observed folds."""
     loss, *flat = _HandedOn.apply(problem, *tensors)
     taken = iter(flat)
     return loss, [tuple([next(taken) for _ in f.differentiable]) for f in problem.observed]

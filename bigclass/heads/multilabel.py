@@ -11,7 +11,7 @@ from bigclass.core.errors import ArgumentError
 from bigclass.core.updates import SlabUpdate
 from bigclass.heads.linear import LinearHead
 from bigclass.losses.classwise import REDUCTIONS
-from bigclass.losses.elementwise import LOSSES, numbers_of
+from bigclass.losses.elementwise import LOSSES, constants_of
 from bigclass.losses.inputs import check_linear, make_stream
 from bigclass.losses.multilabel import streamed_loss, zlpr_loss
 from bigclass.losses.positives import read_positives
@@ -81,11 +81,10 @@ class MultiLabelHead(LinearHead):
             if own or self.label_smoothing:
                 raise TypeError(f"zlpr: unexpected option {next(iter(own), 'label_smoothing')!r}; it has none")
         else:
-            if own.get("clip", 0.0) is None:
-                own["clip"] = 0.0
             if self.objective not in LOSSES:
                 raise ArgumentError(f"loss: expected one of {sorted([*LOSSES, 'zlpr'])} (or one you register), got {self.objective!r}")
-            numbers_of(LOSSES[self.objective].loss, own)  # raises
+            made = constants_of(LOSSES[self.objective].loss, own)
+            own = {name: made[name] for name in own}
         self.loss_options = own
         self.reduction = options.get("reduction", "batchmean")
         if self.reduction not in REDUCTIONS:

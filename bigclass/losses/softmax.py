@@ -261,7 +261,6 @@ def _prepare_sparse(task: Task, v: Tensor | None) -> _Prepared:
     picks, weights = target.merged()
     check_range("target", picks, picks != -1, c)
     used = picks >= 0
-    picks = torch.where(picks < -1, c, picks)  # so that the op's own check sees it
     floor = (1.0 - eps) * target.floor + eps / c
     t = (1.0 - eps) * weights.to(exact)
     factors: list[float | Tensor] = [t if v is None else t * v[picks.clamp(0, c - 1)].to(exact)]
