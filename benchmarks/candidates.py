@@ -27,6 +27,7 @@ from torch import Tensor
 import bigclass
 from bigclass.core.engines.support import device_reason
 
+from . import one_vs_all
 from .data import Problem
 from .machine import GIB, free_memory
 from .shapes import Shape
@@ -37,7 +38,7 @@ LOSS_PASSES: tuple[Pass, ...] = ("forward", "forward+backward")
 Role = Literal["floor", "dense", "peer", "bigclass"]
 Outputs = tuple[Tensor, ...]
 Call = Callable[[], Outputs]
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # input (N, D), linear_weight (C, D), target (N,) -> mean loss ()
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # input (N, D), linear_weight (C, D), target (N,) or labels (N, K) -> mean loss ()
 
 FLOOR = "bare GEMM"
 FLOOR_FP32 = "bare GEMM fp32"
@@ -86,6 +87,20 @@ def candidates_for(shape: Shape, dtype: torch.dtype) -> list[Candidate]:
     floors = [Candidate(FLOOR, "floor", "torch.mm: one forward, three with backward", _floor)]
     if dtype in (torch.bfloat16, torch.float16):
         floors.append(Candidate(FLOOR_FP32, "floor", "the same products in fp32", _floor_fp32))
+    if shape.one_vs_all:
+        return [
+            *floors,
+            Candidate(DENSE, "dense", "F.linear, and the loss of all logits in plain torch", _from_loss(_dense_one_vs_all)),
+            Candidate("timm", "peer", "F.linear and timm's module", _from_loss(_timm)),
+            _bigclass("bigclass", "as the planner chooses", "auto", "auto"),
+            _bigclass("bigclass tiled", "tiled engine", "tiled", "auto"),
+            _bigclass(
+                "bigclass tiled, recompute", "tiled engine, logits made again for the gradients", "tiled", "recompute",
+                passes=("forward+backward",),
+            ),
+            _bigclass("bigclass fused", "fused engine", "fused", "auto"),
+            _bigclass("bigclass dense", "dense engine", "dense", "auto"),
+        ]  # fmt: skip
     return [
         *floors,
         Candidate(DENSE, "dense", "F.linear and F.cross_entropy", _from_loss(_dense)),
@@ -206,6 +221,22 @@ def _dense(problem: Problem, _: int | None) -> Loss:
     return loss
 
 
+def _dense_one_vs_all(problem: Problem, _: int | None) -> Loss:
+    return _of_logits(problem, one_vs_all.DENSE[problem.shape.loss])
+
+
+def _of_logits(problem: Problem, of_logits: one_vs_all.Dense) -> Loss:
+    """A loss of written-out logits and targets; the targets are made here, once."""
+    # Targets, logits, their gradient and two tensors between.
+    _need_memory(problem, 5 * problem.input.element_size())
+    targets = one_vs_all.dense_targets(problem.target, problem.shape.classes, problem.input.dtype)
+
+    def loss(x: Tensor, w: Tensor, _: Tensor) -> Tensor:
+        return of_logits(F.linear(x, w), targets)
+
+    return loss
+
+
 def _torch_chunked(problem: Problem, chunk: int | None) -> Loss:
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         raise Unavailable(f"needs torch 2.13 or later; this is {torch.__version__}")
@@ -218,6 +249,13 @@ def _torch_chunked(problem: Problem, chunk: int | None) -> Loss:
 
 
 # Peers, each imported only when its turn comes
+
+
+def _timm(problem: Problem, _: int | None) -> Loss:
+    try:
+        return _of_logits(problem, one_vs_all.timm_loss(problem.shape.loss))
+    except ImportError as error:
+        raise Unavailable(f"{error} (pip install timm)") from error
 
 
 def _liger(problem: Problem, _: int | None) -> Loss:
@@ -261,6 +299,9 @@ def _bigclass(name: str, what: str, engine: str, gradients: str, passes: tuple[P
             reason = device_reason(problem.input.device)
             if reason is not None or problem.input.device.type == "cpu":  # in the interpreter it runs, but a time would mean nothing
                 raise Unavailable(reason or "needs a CUDA device")
+
+        if problem.shape.one_vs_all:
+            return one_vs_all.streamed_loss(problem.shape.loss, engine)
 
         def loss(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
             value = bigclass.linear_cross_entropy(x, w, y, softcap=problem.shape.softcap, engine=engine)

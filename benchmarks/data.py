@@ -14,6 +14,12 @@ For prediction (k best classes) what matters is the order in which good classes 
     random      operands as flat.
     ascending   all x_i point the same way and classes are sorted by score, so that each class beats all before it.
 
+For one-vs-all losses, 5 different labels a row, drawn uniformly:
+
+    fresh   operands as flat: half of all classes are predicted. No negative is cheap.
+    rare    a head that knows how rare labels are and nothing else: logits are standard normal about log(5/C), by a common component of
+            all x_i. Most negatives lie where the asymmetric loss is exactly 0.
+
 Everything is drawn in float32 on the device itself from one seed and then rounded, so a device gives the same operands every time.
 """
 
@@ -31,6 +37,9 @@ from .shapes import Shape
 SEED = 20240817
 LOSS_KINDS = ("flat", "peaked", "early", "onehot")
 PREDICTION_KINDS = ("random", "ascending")
+ONE_VS_ALL_KINDS = ("fresh", "rare")
+
+LABELS = 5  # a row, of one-vs-all losses
 
 RIVALS = 8
 
@@ -43,12 +52,12 @@ class Problem:
     kind: str
     input: Tensor  # (N, D)
     linear_weight: Tensor  # (C, D)
-    target: Tensor  # (N,), not used by predictions
+    target: Tensor  # (N,), not used by predictions; labels (N, K) of one-vs-all losses
 
 
 def kinds_for(shape: Shape, loss_kinds: tuple[str, ...] = LOSS_KINDS) -> tuple[str, ...]:
     """The kinds of data to run `shape` on, `loss_kinds` being those asked for losses."""
-    return PREDICTION_KINDS if shape.k else loss_kinds
+    return PREDICTION_KINDS if shape.k else ONE_VS_ALL_KINDS if shape.one_vs_all else loss_kinds
 
 
 def make_problem(shape: Shape, kind: str, dtype: torch.dtype, device: torch.device) -> Problem:
@@ -66,7 +75,12 @@ def make_problem(shape: Shape, kind: str, dtype: torch.dtype, device: torch.devi
         return torch.randn(*size, generator=generator, device=device)
 
     w = normal(c, d).div_(math.sqrt(d))  # (C, D)
-    if kind in ("early", "peaked"):
+    if shape.one_vs_all:
+        k = min(LABELS, c)
+        first = torch.randint(c, (n, 1), generator=generator, device=device)
+        step = torch.randint(1, max(c // k, 1) + 1, (n, 1), generator=generator, device=device)
+        y = (first + step * torch.arange(k, device=device)) % c  # (N, K), different since K steps are at most C
+    elif kind in ("early", "peaked"):
         y = _zipf(n, c, generator, device)
     else:
         y = torch.randint(c, (n,), generator=generator, device=device)
@@ -89,6 +103,10 @@ def make_problem(shape: Shape, kind: str, dtype: torch.dtype, device: torch.devi
             x.add_((margin - behind).clamp_(min=0)[:, None] * F.normalize(w[rival], dim=1))
     elif kind == "onehot":
         x.add_((math.log(c) + 18) * F.normalize(w[y], dim=1))
+    elif kind == "rare":
+        direction = F.normalize(normal(d), dim=0)
+        w.addr_(torch.full((c,), math.log(y.shape[1] / c) / math.sqrt(d), device=device), direction)
+        x.add_(math.sqrt(d) * direction)
     elif kind == "ascending":
         direction = F.normalize(normal(d), dim=0)
         w = w[(w @ direction).argsort()]

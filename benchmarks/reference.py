@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import one_vs_all
 from .data import Problem
 
 # Logits in float64 that exist at a time: 64 MiB.
@@ -38,7 +39,10 @@ def reference(problem: Problem) -> Reference:
         logits = F.linear(x, w)
         if shape.softcap is not None:
             logits = shape.softcap * torch.tanh(logits / shape.softcap)
-        loss = F.cross_entropy(logits, y, reduction="sum") / shape.rows
+        if shape.one_vs_all:
+            loss = one_vs_all.DENSE[shape.loss](logits, one_vs_all.dense_targets(y, shape.classes, w.dtype)) * (len(x) / shape.rows)
+        else:
+            loss = F.cross_entropy(logits, y, reduction="sum") / shape.rows
         loss.backward()
         assert x.grad is not None
         total += loss.detach()

@@ -172,6 +172,7 @@ def _case_as_json(case: Case, device: str) -> dict[str, Any]:
             "features": shape.features,
             "softcap": shape.softcap,
             "k": shape.k,
+            "loss": None if shape.k else shape.loss,
         },
         "dtype": _dtype(case),
         "data": case.kind,
@@ -201,7 +202,11 @@ def _case_as_json(case: Case, device: str) -> dict[str, Any]:
 
 def _explain(case: Case, device: str) -> str:
     shape = case.shape
-    return str(bigclass.explain(shape.rows, shape.classes, shape.features, dtype=case.dtype, device=device, softcap=shape.softcap))
+    return str(
+        bigclass.explain(
+            shape.rows, shape.classes, shape.features, dtype=case.dtype, device=device, softcap=shape.softcap, one_vs_all=shape.one_vs_all
+        )
+    )
 
 
 def _figures_as_json(case: Case, name: str, which: Pass) -> dict[str, Any]:

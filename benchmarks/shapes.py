@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+CROSS_ENTROPY = "cross-entropy"
+ONE_VS_ALL = ("bce", "asymmetric")
+
 # Rows and features are kept multiples of this when scaled down: real models' are, and some kernels' descriptors demand it.
 ALIGNMENT = 8
 
@@ -12,6 +15,7 @@ ALIGNMENT = 8
 class Shape:
     """One problem.
 
+    loss: "cross-entropy", or one-vs-all over few labels a row: "bce", "asymmetric" (one_vs_all.py).
     softcap: logits become softcap * tanh(logits / softcap). k: predict the k best classes of a row, instead of a loss.
     scales: whether `--scale` shrinks it; shapes that exist for one machine class are run as they are.
     """
@@ -23,6 +27,11 @@ class Shape:
     softcap: float | None = None
     k: int | None = None
     scales: bool = False
+    loss: str = CROSS_ENTROPY
+
+    @property
+    def one_vs_all(self) -> bool:
+        return self.loss != CROSS_ENTROPY
 
     def scaled(self, scale: float) -> Shape:
         """The same problem with N, C and D times `scale`. C keeps its raggedness, N and D their alignment."""
@@ -41,6 +50,7 @@ class Shape:
 
     def __str__(self) -> str:
         extras = (f", soft cap {self.softcap:g}" if self.softcap else "") + (f", k = {self.k}" if self.k else "")
+        extras += f", {self.loss}" if self.one_vs_all else ""
         return f"{self.name} ({self.rows} x {self.classes} x {self.features}{extras})"
 
 
@@ -61,12 +71,14 @@ SHAPES = {
         Shape("small", 256, 1000, 512),
         Shape("tiny", 32, 100, 64),
         Shape("topk", 256, 3_000_000, 64, k=5),
+        Shape("bce", 512, 131072, 256, loss="bce"),
+        Shape("asymmetric", 512, 131072, 256, loss="asymmetric"),
     )
 }
 
 
 def parse_shape(text: str) -> Shape:
-    """A shape by name, or given as NxCxD (a loss) or NxCxDxK (the K best classes).
+    """A shape by name, or given as NxCxD (a loss; NxCxD:bce or NxCxD:asymmetric one-vs-all) or NxCxDxK (the K best classes).
 
     Raises:
         ValueError: for anything else.
@@ -78,9 +90,10 @@ def parse_shape(text: str) -> Shape:
     if text in SHAPES:
         return SHAPES[text]
     try:
-        rows, classes, features, *k = (int(size) for size in text.split("x"))
-        if len(k) > 1 or min(rows, classes, features, *k) < 1:
+        sizes, colon, loss = text.partition(":")
+        rows, classes, features, *k = (int(size) for size in sizes.split("x"))
+        if len(k) > 1 or min(rows, classes, features, *k) < 1 or (colon and (loss not in ONE_VS_ALL or k)):
             raise ValueError
     except ValueError:
-        raise ValueError(f"expected one of {', '.join(SHAPES)}, NxCxD or NxCxDxK; got {text!r}") from None
-    return Shape(text, rows, classes, features, k=k[0] if k else None)
+        raise ValueError(f"expected one of {', '.join(SHAPES)}, NxCxD[:LOSS] or NxCxDxK; got {text!r}") from None
+    return Shape(text, rows, classes, features, k=k[0] if k else None, loss=loss if colon else CROSS_ENTROPY)

@@ -24,6 +24,7 @@ from bigclass.losses.multilabel import (
     linear_squared_hinge_loss,
     linear_zlpr_loss,
 )
+from bigclass.losses.positives import pad_positives
 from bigclass.losses.softmax import Stats
 from bigclass.losses.targets import SparseTarget
 
@@ -62,6 +63,7 @@ __all__ = [
     "linear_zlpr_loss",
     "metrics",
     "optim",
+    "pad_positives",
     "planning",
     "register_elementwise_loss",
     "restore_head",

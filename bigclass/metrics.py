@@ -108,7 +108,8 @@ def inverse_propensities(label_counts: Tensor, num_samples: int, a: float = 0.55
         (C,) float64 on label_counts' device (float32 on MPS).
 
     Raises:
-        ValueError, TypeError: a shape, dtype or number that does not fit.
+        ValueError, TypeError: a shape, dtype or number that does not fit; counts that are negative or not finite (on CUDA a device
+            assertion).
 
     Source: Jain, Prabhu, Varma, "Extreme multi-label loss functions for recommendation, tagging, ranking & other missing label
     applications", KDD 2016, section 5.
@@ -126,6 +127,7 @@ def inverse_propensities(label_counts: Tensor, num_samples: int, a: float = 0.55
     if not (0 < a < math.inf and 0 < b < math.inf):
         raise ArgumentError(f"a, b: expected positive numbers, got {a}, {b}")
     counts = label_counts.to(_wide(label_counts.device))
+    _require(((counts >= 0) & (counts < math.inf)).all(), ArgumentError("label_counts: expected finite counts >= 0, got others (or NaN)"))
     return 1.0 + (math.log(num_samples) - 1.0) * (b + 1.0) ** a * (counts + b) ** -a
 
 

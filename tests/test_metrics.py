@@ -281,6 +281,9 @@ def test_refusals_of_the_accumulator_and_the_propensities():
         ((Q3, 10.0), "num_samples"),
         ((Q3, 10, 0.0), "a, b"),
         ((Q3, 10, 0.5, math.nan), "a, b"),
+        ((torch.tensor([3, -1]), 10), "label_counts: expected finite counts >= 0"),
+        ((torch.tensor([3.0, math.nan]), 10), "label_counts: expected finite counts >= 0"),
+        ((torch.tensor([math.inf]), 10), "label_counts: expected finite counts >= 0"),
     ]:
         with pytest.raises(ArgumentError, match=words):
             inverse_propensities(*arguments)

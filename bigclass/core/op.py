@@ -60,7 +60,7 @@ def reduce_logits(
     name = engine if engine == "dense" else _choose(_work(stream, folds, keep, scalar=False), engine, stream, folds)
     if name == "dense":
         if picks is not None and torch.compiler.is_compiling():
-            picks = _checked(picks, stream.shape[1])
+            picks = checked_in_graph(picks, stream.shape[1])
         else:
             assert_picks(picks, stream.shape[1])
         states, picked = dense.reduce(stream, picks, keep, folds)
@@ -155,6 +155,7 @@ def observed_loss(
     return loss, [_squeeze(tuple([next(out) for _ in f.differentiable])) for f in observed]
 
 
+@torch.compiler.disable(reason="update= writes to the weight in the backward, which no graph can hold; with fullgraph=True leave it None")
 def _handed_on(
     stream, picks, folds, observed, row_loss, args, numbers, keep, update: SlabUpdate, engine: str
 ) -> tuple[Tensor, list[State]]:
@@ -418,13 +419,13 @@ _stream_loss.register_autograd(_stream_loss_gradients, setup_context=_stream_los
 
 
 @torch.library.custom_op("bigclass::checked_picks", mutates_args=())
-def _checked(picks: Tensor, c: int) -> Tensor:
+def checked_in_graph(picks: Tensor, c: int) -> Tensor:
     """The picks, once they are known to be classes (or -1): inside a traced graph nothing else can raise IndexError."""
     assert_picks(picks, c)
     return picks.clone()
 
 
-@_checked.register_fake
+@checked_in_graph.register_fake
 def _(picks, c):
     return torch.empty_like(picks)
 
@@ -542,9 +543,11 @@ def assert_picks(picks: Tensor | None, c: int) -> None:
     if picks is None or picks.numel() == 0:
         return
     if picks.device.type == "cpu":
-        low, high = picks.aminmax()
-        if int(low) < -1 or int(high) >= c:
-            raise IndexError(f"target (or index): expected class indices in [0, {c}), got {int(high) if int(high) >= c else int(low)}")
+        low, high = (int(v) for v in picks.aminmax())
+        if low < -1 or high >= c:
+            # of a target -1 is a class that is not there, of a pick none: it comes as C (losses/inputs.py)
+            got = f"{c} or a negative one" if high == c else high if high > c else low
+            raise IndexError(f"target (or index): expected class indices in [0, {c}), got {got}")
     else:
         torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
             ((picks >= -1) & (picks < c)).all(), f"bigclass: a class index is outside [0, {c})"

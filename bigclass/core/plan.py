@@ -24,7 +24,7 @@ import torch
 
 from bigclass.core.engines.support import device_reason, form_reason
 from bigclass.core.errors import ArgumentError
-from bigclass.core.folds import Fold, LogSumExp, Total
+from bigclass.core.folds import FOLDS, Fold, LogSumExp, Total
 from bigclass.core.stream import Map, Softcap
 
 MIB = 1 << 20
@@ -388,6 +388,9 @@ def _even(total: int, most: int, group: int = 1) -> int:
     return aligned if aligned <= most else share
 
 
+_NO_MARGIN = "folds, maps, one_vs_all, softcap, label_smoothing and return_stats"
+
+
 def explain(
     rows: int,
     classes: int,
@@ -401,6 +404,7 @@ def explain(
     label_smoothing: float = 0.0,
     return_stats: bool = False,
     one_vs_all: bool = False,
+    subcenters: int | None = None,
     engine: str = "auto",
     folds: Sequence[Fold] | None = None,
     maps: Sequence[Map] | None = None,
@@ -412,16 +416,28 @@ def explain(
         requires_grad: will a backward follow?
         reduction, softcap, label_smoothing, return_stats, engine: as in the call.
         one_vs_all: is it `linear_binary_cross_entropy` or another sum of elementwise terms (folds may name them)?
-        folds, maps: of `core.reduce_logits`, in place of cross-entropy's (their tensors may be left out).
+        subcenters: of a `linear_margin_loss` (1: a weight of C rows, K: of C K); None: it is none. Its norms of weights, one fp32 a row,
+            and normalised features are not counted.
+        folds, maps: of `core.reduce_logits`, in place of cross-entropy's (their tensors may be left out). They alone describe no loss:
+            for one of elementwise terms say one_vs_all, for a margin loss subcenters.
 
     Returns:
         A `Plan`; print it.
+
+    Raises:
+        ValueError: subcenters below 1, or beside folds, one_vs_all, softcap, label_smoothing or return_stats; an engine that cannot run.
 
     Example:
         >>> print(bigclass.explain(8192, 256000, 2304, dtype=torch.bfloat16))  # doctest: +SKIP
     """
     place = torch.device(device)
-    scalar = reduction != "none" and not return_stats and (folds is None or one_vs_all)
+    margin = subcenters is not None
+    if margin:
+        if subcenters < 1 or folds is not None or maps is not None or one_vs_all or softcap is not None or label_smoothing or return_stats:
+            raise ArgumentError(f"subcenters: expected a number >= 1, and of {_NO_MARGIN} none, got subcenters={subcenters}")
+        classes *= subcenters
+        folds = (FOLDS["grouped_logsumexp"]((float(subcenters),), exclude_picks=True),) if subcenters > 1 else None
+    scalar = reduction != "none" and not return_stats and (folds is None or one_vs_all or margin)
     lone = folds is None and not one_vs_all and softcap is None and not label_smoothing
     of_maps = ((Softcap.at(softcap),) if softcap is not None else ()) if maps is None else tuple(maps)
     of_folds = (LogSumExp(exclude_picks=True), *((Total(),) if label_smoothing else ())) if folds is None else tuple(folds)
@@ -440,9 +456,12 @@ def explain(
         buffers=tile_buffers(lone, scalar, len(of_maps)),
         not_fused=reason,
         narrow=half,
-        masked=folds is None and not one_vs_all,
+        masked=margin or (folds is None and not one_vs_all),
+        cast=margin and half,  # normalised features are fp32 up to their product
         group=math.lcm(*[f.group for f in of_folds]),
     )
+    if choose_gradients(work, settings()) == "recompute":  # by `reduce_logits`, then
+        work = replace(work, buffers=tile_buffers(lone, False, len(of_maps)))
     plan = make_plan(work, engine)
     return (
         plan if plan.engine != "fused" else replace(plan, why=(*plan.why, _register_tiles(plan, place, dtype, features, of_folds, of_maps)))

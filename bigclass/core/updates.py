@@ -83,7 +83,7 @@ def check_update(update: Any, stream: Stream, tensors: Sequence[Tensor], args: S
         raise ArgumentError(f"update: expected logits of one weight, got a stream of {len(stream.pairs)} operand pairs")
     weight = stream.pairs[0][1]
     if not (weight.is_leaf and weight.requires_grad):
-        raise ArgumentError("update: expected the weight to be a parameter (a leaf that requires a gradient)")
+        raise ArgumentError("update: expected a weight that is a parameter (a leaf that needs a gradient); leave None where it is frozen")
     groups = getattr(update, "param_groups", None)
     if groups is not None and not any(p is weight for group in groups for p in group["params"]):
         raise ArgumentError("update: expected an optimizer that holds the weight; add_param_group adds it")
@@ -158,12 +158,7 @@ class _HandedOn(torch.autograd.Function):
 
 
 def handed_on(problem: Problem, tensors: Sequence[Tensor]) -> tuple[Tensor, list[State]]:
-    """The loss, and the states of the observed folds. It breaks a graph that is being traced: its backward writes to parameters."""
-    apart: Any = torch.compiler.disable(_apply)
-    return apart(problem, tensors)
-
-
-def _apply(problem: Problem, tensors: Sequence[Tensor]) -> tuple[Tensor, list[State]]:
+    """The loss, and the states of the observed folds."""
     loss, *flat = _HandedOn.apply(problem, *tensors)
     taken = iter(flat)
     return loss, [tuple([next(taken) for _ in f.differentiable]) for f in problem.observed]

@@ -17,6 +17,7 @@ from bigclass.core.errors import ArgumentError, ArgumentTypeError
 from bigclass.core.guards import in_transform
 from bigclass.core.plan import ENGINES
 from bigclass.core.stream import Map, Scale, Softcap
+from bigclass.core.updates import SlabUpdate
 from bigclass.heads.lazy import LazyLogits, lazy_logits
 from bigclass.losses.cross_entropy import linear_cross_entropy
 from bigclass.losses.inputs import check_tensor
@@ -183,12 +184,13 @@ class CCEHead(LinearHead):
         weight: Tensor | None = None,
         reduction: str = "mean",
         return_stats: bool = False,
+        update: SlabUpdate | None = None,
     ):  # type: ignore[override]
         """Logits (..., C) without a target (lazy in training); with one ((...) indices, (..., C) probabilities or a `SparseTarget`)
-        the loss of `linear_cross_entropy`."""
+        the loss of `linear_cross_entropy`, whose options these are (update: the weight's gradient, handed on slab by slab)."""
         if target is None:
             return self._output(features)
-        return self._loss(features, target, weight=weight, reduction=reduction, return_stats=return_stats)
+        return self._loss(features, target, weight=weight, reduction=reduction, return_stats=return_stats, update=update)
 
 
 class LMHead(LinearHead):
@@ -242,10 +244,12 @@ class LMHead(LinearHead):
         weight: Tensor | None = None,
         reduction: str = "mean",
         return_stats: bool = False,
+        update: SlabUpdate | None = None,
     ):  # type: ignore[override]
         """Logits (..., T, C) without labels (lazy in training); with labels (..., T) the loss of `linear_cross_entropy`.
 
-        shift: instead of the head's."""
+        shift: instead of the head's. update: takes the weight's gradient slab by slab; not of a weight that another layer uses too
+        (tied embeddings), whose gradient comes in parts."""
         if labels is None:
             return self._output(hidden)
         check_tensor("labels", labels)
@@ -254,8 +258,9 @@ class LMHead(LinearHead):
                 f"labels: expected token indices (..., T), got {labels.dtype}; use linear_cross_entropy for class probabilities"
             )
         return self._loss(
-            hidden, labels, shift=self.shift if shift is None else shift, weight=weight, reduction=reduction, return_stats=return_stats
-        )
+            hidden, labels, shift=self.shift if shift is None else shift, weight=weight, reduction=reduction,
+            return_stats=return_stats, update=update,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.shift == 1 else f", shift={self.shift}")

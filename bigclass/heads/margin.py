@@ -105,12 +105,13 @@ class MarginHead(nn.Module):
         check_tensor("target", target)
         if self.kind == "curricular":
             return self._curricular(features, target, reduction, update)
-        kind, margin, beyond_pi = self.kind, self.margin, self.beyond_pi
-        if kind == "adaface":
-            kind, margin, beyond_pi = "combined", self._adaptive(features, target), "clip"
+        if self.kind == "adaface":
+            margin = Margin.of("combined", self._adaptive(features, target), "clip", self.gradient, target)
+            cosines = Cosines.of(features, self.weight, target, self.scale, self.subcenters, self.ignore_index)
+            return cosines.loss(margin, None, reduction, self.engine, update)  # its margins, NaN where lengths are, are not the user's
         return linear_margin_loss(
-            features, self.weight, target, kind=kind, margin=margin, logit_scale=self.scale, subcenters=self.subcenters,
-            beyond_pi=beyond_pi, gradient=self.gradient, reduction=reduction, ignore_index=self.ignore_index,
+            features, self.weight, target, kind=self.kind, margin=self.margin, logit_scale=self.scale, subcenters=self.subcenters,
+            beyond_pi=self.beyond_pi, gradient=self.gradient, reduction=reduction, ignore_index=self.ignore_index,
             update=update, engine=self.engine,
         )  # fmt: skip
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from bigclass.core.errors import ArgumentError, ArgumentTypeError
+from bigclass.core.errors import ArgumentError
 from bigclass.core.updates import SlabUpdate
 from bigclass.heads.linear import LinearHead
 from bigclass.losses.classwise import REDUCTIONS
-from bigclass.losses.elementwise import LOSSES, numbers_of
+from bigclass.losses.elementwise import LOSSES, constants_of
 from bigclass.losses.inputs import check_linear, make_stream
 from bigclass.losses.multilabel import streamed_loss, zlpr_loss
 from bigclass.losses.positives import read_positives
@@ -82,11 +81,10 @@ class MultiLabelHead(LinearHead):
             if own or self.label_smoothing:
                 raise TypeError(f"zlpr: unexpected option {next(iter(own), 'label_smoothing')!r}; it has none")
         else:
-            if own.get("clip", 0.0) is None:
-                own["clip"] = 0.0
             if self.objective not in LOSSES:
                 raise ArgumentError(f"loss: expected one of {sorted([*LOSSES, 'zlpr'])} (or one you register), got {self.objective!r}")
-            numbers_of(LOSSES[self.objective].loss, own)  # raises
+            made = constants_of(LOSSES[self.objective].loss, own)
+            own = {name: made[name] for name in own}
         self.loss_options = own
         self.reduction = options.get("reduction", "batchmean")
         if self.reduction not in REDUCTIONS:
@@ -128,8 +126,6 @@ class MultiLabelHead(LinearHead):
         if positives is None:
             return self._output(features)
         check_linear(features, self.weight, self.bias)
-        if update is not None and torch.is_grad_enabled() and not self.weight.requires_grad:
-            raise ArgumentTypeError("update: the head's weight is frozen; leave update=None")
         stream = make_stream(features, self.weight, self.bias, self.softcap, self.logit_scale)
         lead = features.shape[:-1]
         targets = read_positives(positives, lead, self.out_features, features.device)

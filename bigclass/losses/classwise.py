@@ -18,9 +18,8 @@ from bigclass.core.stream import Stream
 from bigclass.core.topk import TopK
 from bigclass.core.updates import SlabUpdate
 from bigclass.losses.elementwise import Registered
-from bigclass.losses.inputs import check_range
 from bigclass.losses.one_vs_all import LOSSES
-from bigclass.losses.positives import Positives
+from bigclass.losses.positives import Positives, of_sparse_target
 from bigclass.losses.targets import SparseTarget
 
 REDUCTIONS = ("none", "mean", "sum", "batchmean")
@@ -131,16 +130,8 @@ def binary_cross_entropy(
     pos_weight: Tensor | None = None, reduction: str = "mean", engine: str = "auto",
 ) -> Tensor:  # fmt: skip
     """F.binary_cross_entropy_with_logits against target (..., C); weight, pos_weight (C,). "none": summed over classes, (...)."""
-    c = stream.shape[1]
     if isinstance(target, SparseTarget):
-        if tuple(target.shape) != (*lead, c):
-            raise ArgumentError(f"target: expected the shape of the logits, {(*lead, c)}, got {tuple(target.shape)}")
-        if target.device != stream.device:
-            raise ArgumentError(f"target: expected device {stream.device} (that of the logits), got {target.device}")
-        picks, weights = target.merged()
-        check_range("target", picks, picks != -1, c)
-        picks = torch.where(picks < -1, c, picks)  # so that the op's own check sees it
-        targets: Positives | Tensor = Positives(picks, weights + target.floor, target.floor)
+        targets: Positives | Tensor = of_sparse_target("target", target, lead, stream.shape[1], stream.device)
     else:
         targets = check_dense(stream, lead, target)
     rows = Rows.of(stream, reduction, engine)

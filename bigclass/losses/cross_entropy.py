@@ -14,6 +14,7 @@ from torch import Tensor
 from bigclass.core.errors import ArgumentError, ArgumentTypeError
 from bigclass.core.plan import Work, choose_engine
 from bigclass.core.stream import Stream
+from bigclass.core.updates import SlabUpdate
 from bigclass.losses.inputs import check_index, check_linear, check_tensor, make_stream
 from bigclass.losses.softmax import Options, Stats, Task, finish
 from bigclass.losses.targets import SparseTarget
@@ -36,6 +37,7 @@ def linear_cross_entropy(
     shift: int = 0,
     z_loss: float = 0.0,
     grad_filter: float | None = None,
+    update: SlabUpdate | None = None,
     engine: str = "auto",
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, Stats]:
@@ -60,6 +62,8 @@ def linear_cross_entropy(
             With reduction "none" the result has T - k positions.
         z_loss: adds z_loss * LSE^2 to each row's loss (PaLM, arXiv:2204.02311); in the mean it is averaged over the kept rows.
         grad_filter: None: exact gradients. (A tolerance is reserved for the certified filter and raises in this version.)
+        update: takes the weight's gradient slab by slab in the backward, as in `linear_binary_cross_entropy`: no C x D gradient. Of one
+            loss: not with reduction "none", return_stats or a K-dimensional weight.
         engine: "auto", "dense" (materialises), "tiled", "fused".
         return_stats: also return `Stats`.
 
@@ -86,7 +90,7 @@ def linear_cross_entropy(
         raise ArgumentError(
             f"input: a K-dimensional loss (linear_weight {tuple(linear_weight.shape)}) needs (N, D), got {tuple(input.shape)}"
         )
-    arguments = Arguments(weight, reduction, ignore_index, label_smoothing, z_loss, 0.0, shift, engine, return_stats)
+    arguments = Arguments(weight, reduction, ignore_index, label_smoothing, z_loss, 0.0, shift, engine, return_stats, update)
     target, probabilities = arguments.check(target, lead, classes, positions, input.device)
     if isinstance(target, Tensor) and not (positions or probabilities) and softcap is None and logit_scale is None:
         loss = arguments.run_small(input, linear_weight, linear_bias, target)
@@ -111,6 +115,7 @@ def linear_poly_cross_entropy(
     label_smoothing: float = 0.0,
     softcap: float | None = None,
     logit_scale: float | Tensor | None = None,
+    update: SlabUpdate | None = None,
     engine: str = "auto",
 ) -> Tensor:
     r"""Poly-1 loss of a linear layer: cross-entropy + epsilon (1 - p_t), p_t = sum_j t_ij softmax(s)_ij, without the N x C logits.
@@ -134,7 +139,7 @@ def linear_poly_cross_entropy(
     stream = make_stream(input, linear_weight, linear_bias, softcap, logit_scale)
     return cross_entropy(
         stream, input.shape[:-1], target, poly=epsilon, reduction=reduction, ignore_index=ignore_index,
-        label_smoothing=label_smoothing, engine=engine,
+        label_smoothing=label_smoothing, update=update, engine=engine,
     )  # fmt: skip
 
 
@@ -162,11 +167,12 @@ class Arguments:
     shift: int = 0
     engine: str = "auto"
     return_stats: bool = False
+    update: SlabUpdate | None = None
 
     @property
     def options(self) -> Options:
         ignore_index = -100 if self.ignore_index is None else self.ignore_index
-        return Options(self.weight, self.label_smoothing, self.z_loss, self.poly, ignore_index, self.engine)
+        return Options(self.weight, self.label_smoothing, self.z_loss, self.poly, ignore_index, self.engine, self.update)
 
     def check(
         self, target: Tensor | SparseTarget, lead: Sequence[int], classes: int, positions: Sequence[int], device: torch.device
@@ -178,6 +184,7 @@ class Arguments:
             raise ArgumentError(f"label_smoothing: expected a value in [0, 1], got {self.label_smoothing}")
         if not self.z_loss >= 0.0:
             raise ArgumentError(f"z_loss: expected a coefficient >= 0, got {self.z_loss}")
+        self._check_update(positions)
         self._check_weight(classes, device)
         sparse = isinstance(target, SparseTarget)
         if not sparse:
@@ -205,6 +212,16 @@ class Arguments:
         check_index("target", target, device, self.options.ignore_index)
         return target.long(), False  # ignore_index may be any number
 
+    def _check_update(self, positions: Sequence[int]) -> None:
+        if self.update is None:
+            return
+        if self.reduction == "none":
+            raise ArgumentError("reduction: 'none' has no one loss to take a step for; with update= use 'mean' or 'sum'")
+        if self.return_stats:
+            raise ArgumentError("return_stats: the log-sum-exp has a gradient of its own, which update= cannot take; leave one out")
+        if positions:
+            raise ArgumentError(f"update: expected a weight (C, D), got one with positions {tuple(positions)}; leave update=None")
+
     def _check_weight(self, classes: int, device: torch.device) -> None:
         weight = self.weight
         if weight is None:
@@ -221,7 +238,9 @@ class Arguments:
 
     def run_small(self, x: Tensor, w: Tensor, b: Tensor | None, target: Tensor) -> Tensor | None:
         """The loss of a problem so small that Python's own time rules; None: it is not, or is no plain cross-entropy."""
-        if self.shift or self.return_stats or self.label_smoothing or self.z_loss or self.poly or self.weight is not None:
+        if self.shift or self.return_stats or self.label_smoothing or self.z_loss or self.poly:
+            return None
+        if self.weight is not None or self.update is not None:
             return None
         if self.engine != "auto" or (b is not None and b.dtype != w.dtype) or not _is_small(x, w, target, self.ignore_index):
             return None

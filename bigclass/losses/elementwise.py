@@ -38,7 +38,7 @@ class ElementwiseLoss:
 
     Attributes:
         name: of the loss, for `linear_elementwise_loss(..., loss=name)` and `MultiLabelHead(loss=name)`.
-        options: names and defaults of its constants.
+        options: names and defaults of its constants. absent: of those that may be None, what None stands for.
         vanishes: are negative(-inf) and its slope exactly 0 for every option? Positives are then left out at no cost.
         weight: of the Triton forms, see `Fold.weight`: 3 takes tiles that have registers to spare.
 
@@ -59,6 +59,7 @@ class ElementwiseLoss:
 
     name: ClassVar[str] = ""
     options: ClassVar[Mapping[str, float]] = {}
+    absent: ClassVar[Mapping[str, float]] = {}
     vanishes: ClassVar[bool] = False
     weight: ClassVar[int] = 3
 
@@ -166,19 +167,25 @@ def registered(name: str) -> Registered:
     return LOSSES[name]
 
 
-def numbers_of(loss: type[ElementwiseLoss], options: Mapping[str, Any]) -> tuple[float, ...]:
-    """The constants, defaults filled in, once they are known to be right."""
+def constants_of(loss: type[ElementwiseLoss], options: Mapping[str, Any]) -> dict[str, float]:
+    """The constants by name and in order, defaults filled in, once they are known to be right."""
     unknown = [name for name in options if name not in loss.options]
     if unknown:
         raise TypeError(f"{loss.name}: unexpected option {unknown[0]!r}; known: {', '.join(loss.options) or 'none'}")
     made: dict[str, float] = {}
     for name, default in loss.options.items():
         value = options.get(name, default)
+        value = loss.absent.get(name) if value is None else value
         if not isinstance(value, int | float) or math.isnan(value):
             raise ArgumentTypeError(f"{name}: expected a number, got {value!r}")
         made[name] = float(value)
     loss.check(**made)
-    return tuple(made.values())
+    return made
+
+
+def numbers_of(loss: type[ElementwiseLoss], options: Mapping[str, Any]) -> tuple[float, ...]:
+    """The values of `constants_of`."""
+    return tuple(constants_of(loss, options).values())
 
 
 def _fold(cls: type[ElementwiseLoss], suffix: str, reads: tuple[str, ...]) -> type[SumFold]:

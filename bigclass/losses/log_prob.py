@@ -47,8 +47,6 @@ def linear_logsumexp(
     picks = None if index is None else _picks(index, lead, input)
     if picks is not None and index is not None:
         check_range("index", picks, picks != -1, linear_weight.shape[0])
-    if picks is not None:
-        picks = torch.where(picks < -1, linear_weight.shape[0], picks)  # so that the graph's own check sees it
     stream = make_stream(input, linear_weight, linear_bias, softcap, logit_scale)
     (state,), picked = reduce_logits(stream, picks, (LogSumExp(),), engine=engine)
     lse = log_sum_exp(state)

@@ -29,12 +29,12 @@ from bigclass.core.errors import ArgumentError, ArgumentTypeError
 from bigclass.core.folds import Fold, LogSumExp, log_sum
 from bigclass.core.guards import autocast_off
 from bigclass.core.norms import EPSILON, inverse_norms
-from bigclass.core.op import observed_loss, reduce_logits
+from bigclass.core.op import checked_in_graph, observed_loss, reduce_logits
 from bigclass.core.row_losses import ROW_LOSSES, register_row_loss
 from bigclass.core.stream import Stream
 from bigclass.core.updates import SlabUpdate
 from bigclass.losses.cross_entropy import REDUCTIONS
-from bigclass.losses.inputs import check_index, check_linear, check_range, in_autocast, kept_rows
+from bigclass.losses.inputs import check_index, check_linear, check_range, in_autocast, kept_picks, kept_rows
 from bigclass.losses.margin_folds import CurricularLogSumExp, GroupedLogSumExp
 
 # the margin (or margins) of each kind where none is given: those of the papers' code
@@ -72,6 +72,7 @@ def linear_margin_loss(
         target: class indices (...), int64 or int32.
         kind: "arcface" (m2), "cosface" (m3) or "combined" (m1, m2, m3); SphereFace is "combined" with (m1, 0, 0).
         margin: m2 or m3; for "combined" three of them. Numbers, or, for m2 and m3, tensors (...) with one for each row (constants).
+            m2 lies in [0, pi], under beyond_pi="clip" in [-pi, pi]; those of rows are looked at on a CPU, where the row is not ignored.
             None: 0.5, 0.4 and (1, 0.3, 0.2).
         logit_scale: a number > 0 (s in the papers).
         subcenters: K >= 1, the centres of a class, of which the nearest counts.
@@ -108,9 +109,8 @@ def linear_margin_loss(
     arXiv:1704.08063; Deng et al., "Sub-center ArcFace", ECCV 2020; Huang et al., "CurricularFace", arXiv:2004.00288.
     """
     chosen = Margin.of(kind, margin, beyond_pi, gradient, target)
-    if reduction not in REDUCTIONS:
-        raise ArgumentError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
     cosines = Cosines.of(input, linear_weight, target, logit_scale, subcenters, ignore_index)
+    chosen.check_rows(cosines.keep)
     return cosines.loss(chosen, curriculum, reduction, engine, update)
 
 
@@ -140,16 +140,36 @@ class Margin:
         m1, m2, m3 = given if isinstance(given, Sequence) else (1.0, given, 0.0) if kind == "arcface" else (1.0, 0.0, given)
         if isinstance(m1, Tensor) or not _is_number(m1) or not m1 > 0.0:
             raise ArgumentError(f"margin: expected a number m1 > 0, got {m1!r}")
-        made = cls(float(m1), _of_rows("m2", m2, target), _of_rows("m3", m3, target), "linear", gradient == "straight_through")
-        if not isinstance(made.m2, Tensor) and not 0.0 <= made.m2 <= math.pi:
-            raise ArgumentError(f"margin: expected an angle in [0, pi], got {made.m2}")
         if beyond_pi is None:
-            beyond_pi = "linear" if made.m1 == 1.0 else "monotone"
+            beyond_pi = "linear" if m1 == 1.0 else "monotone"
         if beyond_pi not in BEYOND_PI:
             raise ArgumentError(f"beyond_pi: expected one of {BEYOND_PI}, got {beyond_pi!r}")
-        if beyond_pi == "linear" and made.m1 != 1.0:
-            raise ArgumentError(f"beyond_pi: 'linear' is defined for m1 = 1, got {made.m1}; use 'monotone' or 'plain'")
-        return cls(made.m1, made.m2, made.m3, beyond_pi, made.straight_through)
+        if beyond_pi == "linear" and m1 != 1.0:
+            raise ArgumentError(f"beyond_pi: 'linear' is defined for m1 = 1, got {m1}; use 'monotone' or 'plain'")
+        made = cls(float(m1), _of_rows("m2", m2, target), _of_rows("m3", m3, target), beyond_pi, gradient == "straight_through")
+        if not isinstance(made.m2, Tensor) and not made.least <= made.m2 <= math.pi:
+            raise ArgumentError(f"margin: expected an angle in {made.angles}, got {made.m2}")
+        return made
+
+    @property
+    def least(self) -> float:
+        """Of m2. Only where the angle is held in [0, pi] may a margin be negative: AdaFace's are, of clear images."""
+        return -math.pi if self.beyond_pi == "clip" else 0.0
+
+    @property
+    def angles(self) -> str:
+        return "[-pi, pi]" if self.least else "[0, pi]"
+
+    def check_rows(self, keep: Tensor | None) -> None:
+        """Raise for margins of kept rows that are no numbers or angles, where looking costs no host sync."""
+        for name, m in (("m2", self.m2), ("m3", self.m3)):
+            if not isinstance(m, Tensor) or torch.compiler.is_compiling() or m.device.type != "cpu":
+                continue
+            wrong = ~((m >= self.least) & (m <= math.pi)) if name == "m2" else ~m.isfinite()
+            wrong = wrong if keep is None else wrong & keep
+            if bool(wrong.any()):
+                row, wanted = int(wrong.nonzero()[0]), f"an angle in {self.angles}" if name == "m2" else "a finite number"
+                raise ArgumentError(f"margin: expected {wanted} for {name}, got {float(m[row]):g} in row {row}")
 
     def plain(self, cos: Tensor) -> Tensor:
         """cos(m1 theta + m2) - m3, whatever lies beyond pi."""
@@ -226,6 +246,8 @@ class Cosines:
         y, classes = target.reshape(-1).long(), w.shape[0] // subcenters
         keep = kept_rows(y, ignored)
         check_range("target", y, keep, classes)
+        if torch.compiler.is_compiling():  # the loss's own op would speak of the rows of w, where there are sub-centres
+            y = checked_in_graph(kept_picks(y, keep, classes), classes).squeeze(-1)
         centres = torch.where(y < 0, classes, y).unsqueeze(-1) * subcenters + torch.arange(subcenters, device=y.device)
         picks = centres if keep is None else torch.where(keep.unsqueeze(-1), centres, -1)
         x = input.reshape(-1, input.shape[-1])
@@ -242,6 +264,8 @@ class Cosines:
         self, margin: Margin, curriculum: float | Tensor | None, reduction: str, engine: str, update: SlabUpdate | None = None
     ) -> Tensor:
         """The reduced loss under a margin."""
+        if reduction not in REDUCTIONS:
+            raise ArgumentError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
         stream, keep, n = self.stream, self.keep, self.target.numel()
         exact, wide = self.target.dtype, stream.accumulate_dtype
         f, slope = margin.apply(self.target, math.sqrt(torch.finfo(wide).eps))

@@ -62,7 +62,8 @@ def linear_binary_cross_entropy(
             CSR: (indptr (N + 1,), indices (P,)) or (indptr, indices, values (P,)), values in [0, 1] being soft targets;
             a torch sparse CSR tensor (N, C); a `SparseTarget` (mixup, cutmix);
             a dense target (..., C), floating point in [0, 1] or bool.
-            Padded indices cost no host sync; CSR is padded to its longest row, whose length a GPU must tell the host.
+            Padded indices cost no host sync (`pad_positives` makes them from lists); CSR is padded to its longest row, whose length a GPU
+            must tell the host, and which breaks a graph under torch.compile.
         weight: (C,) or a scalar tensor, v: a factor for each class. pos_weight: (C,) or a scalar tensor, p: a factor for its positives.
             Constants: they get no gradient.
         label_smoothing: e in [0, 1]; targets become (1 - e) t + e / C, as timm's BinaryCrossEntropy has it.
@@ -131,7 +132,7 @@ def linear_asymmetric_loss(
     *,
     gamma_neg: float = 4.0,
     gamma_pos: float = 1.0,
-    clip: float = 0.05,
+    clip: float | None = 0.05,
     eps: float = 1e-8,
     disable_torch_grad_focal_loss: bool = False,
     reduction: str = "batchmean",
@@ -158,7 +159,7 @@ def linear_asymmetric_loss(
     """
     return linear_elementwise_loss(
         input, linear_weight, positives, loss="asymmetric", reduction=reduction, gamma_neg=gamma_neg, gamma_pos=gamma_pos,
-        clip=0.0 if clip is None else clip, eps=eps, disable_torch_grad_focal_loss=disable_torch_grad_focal_loss, **options,
+        clip=clip, eps=eps, disable_torch_grad_focal_loss=disable_torch_grad_focal_loss, **options,
     )  # fmt: skip
 
 
@@ -199,12 +200,13 @@ def linear_elementwise_loss(
     return_topk: int = 0,
     update: SlabUpdate | None = None,
     engine: str = "auto",
-    **options: float,
+    **options: float | None,
 ) -> Any:
     r"""A one-vs-all loss by its name: one of the library's, or your own (`register_elementwise_loss`).
 
     Args:
-        loss: "bce", "focal", "asymmetric", "squared_hinge", "poly" or a registered name. options: its constants.
+        loss: "bce", "focal", "asymmetric", "squared_hinge", "poly" or a registered name. options: its constants; as in timm None
+            for no clip ("asymmetric") and no alpha ("poly").
         Everything else: as in `linear_binary_cross_entropy`.
 
     Returns, Raises:

@@ -234,6 +234,7 @@ class Asymmetric(ElementwiseLoss):
     A positive below log(eps) gets no gradient but its focusing weight's; eps=0 removes the clamp."""
 
     name: ClassVar[str] = "asymmetric"
+    absent: ClassVar[Mapping[str, float]] = {"clip": 0.0}
     options: ClassVar[Mapping[str, float]] = {
         "gamma_neg": 4.0,
         "gamma_pos": 1.0,
@@ -383,6 +384,7 @@ class Poly(ElementwiseLoss):
 
     name: ClassVar[str] = "poly"
     options: ClassVar[Mapping[str, float]] = {"epsilon": 1.0, "gamma": 0.0, "alpha": -1.0}
+    absent: ClassVar[Mapping[str, float]] = {"alpha": -1.0}
     vanishes: ClassVar[bool] = True
 
     @classmethod

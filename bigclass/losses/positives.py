@@ -13,7 +13,8 @@ with values it is refused (of a SparseTarget, whose definition is a sum, the sum
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from bigclass.core.errors import ArgumentError, ArgumentTypeError
-from bigclass.losses.inputs import INDEX_DTYPES
+from bigclass.losses.inputs import INDEX_DTYPES, check_range
 from bigclass.losses.targets import SparseTarget
 
 _FORMS = (
@@ -48,7 +49,12 @@ def read_positives(positives: Any, lead: Sequence[int], classes: int, device: to
     """
     n = math.prod(lead)
     if isinstance(positives, SparseTarget):
-        return _of_sparse_target(positives, lead, classes, device)
+        made = of_sparse_target("positives", positives, lead, classes, device)
+        assert made.values is not None
+        _check_values(made.values.masked_fill(made.picks < 0, 0.0))
+        if not 0.0 <= made.floor <= 1.0:
+            raise ArgumentError(f"positives: expected a floor in [0, 1], got {made.floor}")
+        return made
     if isinstance(positives, tuple | list):
         if len(positives) not in (2, 3) or not all(isinstance(t, Tensor) for t in positives):
             raise ArgumentTypeError(f"positives: expected {_FORMS}, got a {type(positives).__name__} of {len(positives)}")
@@ -81,28 +87,48 @@ def read_positives(positives: Any, lead: Sequence[int], classes: int, device: to
                             f"got {tuple(positives.shape)}")  # fmt: skip
     k = 1 if tuple(positives.shape) == tuple(lead) else positives.shape[-1]
     picks = positives.reshape(n, k).long()
-    _check_classes(picks, classes)
+    check_range("positives", picks, picks != -1, classes)
     if k == classes > 2 and not torch.compiler.is_compiling() and picks.device.type == "cpu" and n:
         low, high = picks.aminmax()
         if int(low) >= 0 and int(high) <= 1:
             raise ArgumentError(f"positives: integers are class indices, and {tuple(positives.shape)} of 0 and 1 looks like a multi-hot "
                                 "target; pass it as .bool() or .float()")  # fmt: skip
-    return Positives(_once(_refusable(picks, classes)))
+    return Positives(_once(picks))
 
 
-def _of_sparse_target(target: SparseTarget, lead: Sequence[int], classes: int, device: torch.device) -> Positives:
+def pad_positives(positives: Iterable[Iterable[int]]) -> Tensor:
+    """Lists of classes, one a row, as the (N, K) int64 that the one-vs-all losses take: K the longest's length (at least 1), -1 the rest.
+
+    Raises:
+        TypeError: for anything but lists of integers. IndexError: for a class below 0.
+
+    Example:
+        >>> bigclass.pad_positives([[3, 17], [], [5]]).tolist()
+        [[3, 17], [-1, -1], [5, -1]]
+    """
+    try:
+        rows = [[operator.index(j) for j in row] for row in positives]
+    except TypeError as reason:
+        raise ArgumentTypeError(f"positives: expected lists of class indices, one for each row, got others ({reason})") from None
+    least = min([min(row) for row in rows if row], default=0)
+    if least < 0:
+        raise IndexError(f"positives: expected classes >= 0 (padding is added here), got {least}")
+    k = max([1, *map(len, rows)])
+    return torch.tensor([row + [-1] * (k - len(row)) for row in rows], dtype=torch.int64).reshape(len(rows), k)
+
+
+def of_sparse_target(name: str, target: SparseTarget, lead: Sequence[int], classes: int, device: torch.device) -> Positives:
+    """A `SparseTarget` (..., C) as `Positives`, its shape, device and classes checked."""
     if tuple(target.shape) != (*lead, classes):
-        raise ArgumentError(f"positives: expected a SparseTarget of shape {(*lead, classes)}, got {tuple(target.shape)}")
-    _check_device(device, target.indices)
+        raise ArgumentError(f"{name}: expected a SparseTarget of shape {(*lead, classes)}, got {tuple(target.shape)}")
+    if target.device != device:
+        raise ArgumentError(f"{name}: expected device {device} (that of input), got {target.device}")
     picks, weights = target.merged()
-    _check_classes(picks, classes)
-    values = weights + target.floor
-    _check_values(values.masked_fill(picks < 0, 0.0))
-    if not 0.0 <= target.floor <= 1.0:
-        raise ArgumentError(f"positives: expected a floor in [0, 1], got {target.floor}")
-    return Positives(_refusable(picks, classes), values, target.floor)
+    check_range(name, picks, picks != -1, classes)
+    return Positives(picks, weights + target.floor, target.floor)
 
 
+@torch.compiler.disable(reason="CSR positives are padded to their longest row, which the host must read; for fullgraph=True pad them")
 def _of_csr(indptr: Tensor, indices: Tensor, values: Tensor | None = None, *, n: int, classes: int) -> Positives:
     """Padded to the longest row, whose length is read on the host (a sync on a GPU; padded indices need none)."""
     for name, t in (("indptr", indptr), ("indices", indices)):
@@ -150,19 +176,6 @@ def _once(picks: Tensor) -> Tensor:
     again = torch.zeros_like(ordered, dtype=torch.bool)
     again[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
     return ordered.masked_fill(again, -1)
-
-
-def _refusable(picks: Tensor, classes: int) -> Tensor:
-    """What is below -1 becomes C, for the op's own check to see on devices where looking here would be a host sync."""
-    return torch.where(picks < -1, classes, picks)
-
-
-def _check_classes(picks: Tensor, classes: int) -> None:
-    if torch.compiler.is_compiling() or picks.device.type != "cpu" or picks.numel() == 0:
-        return
-    low, high = (int(v) for v in picks.aminmax())
-    if low < -1 or high >= classes:
-        raise IndexError(f"positives: expected class indices in [0, {classes}), or -1 for none, got {low if low < -1 else high}")
 
 
 def _check_values(values: Tensor) -> None:

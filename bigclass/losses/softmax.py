@@ -32,10 +32,11 @@ from torch import Tensor
 
 from bigclass.core.folds import Dot, Fold, LogSumExp, Total, log_sum, log_sum_exp
 from bigclass.core.guards import autocast_off
-from bigclass.core.op import reduce_logits, stream_loss
+from bigclass.core.op import observed_loss, reduce_logits
 from bigclass.core.row_losses import ROW_LOSSES, register_row_loss
 from bigclass.core.stream import Stream
 from bigclass.core.topk import TopK
+from bigclass.core.updates import SlabUpdate
 from bigclass.losses.folds import WeightedExp
 from bigclass.losses.inputs import check_range, kept_picks, kept_rows
 from bigclass.losses.targets import SparseTarget
@@ -129,7 +130,7 @@ def _others(rest: Tensor, s: Tensor) -> Tensor:
 
 
 class Options(NamedTuple):
-    """weight (C,) or None, label smoothing, coefficients of the z-loss and of Poly-1, ignored index, engine."""
+    """weight (C,) or None, label smoothing, coefficients of the z-loss and of Poly-1, ignored index, engine, update (updates.py)."""
 
     weight: Tensor | None = None
     smoothing: float = 0.0
@@ -137,6 +138,7 @@ class Options(NamedTuple):
     poly: float = 0.0
     ignore_index: int = -100
     engine: str = "auto"
+    update: SlabUpdate | None = None
 
 
 class Task(NamedTuple):
@@ -259,7 +261,6 @@ def _prepare_sparse(task: Task, v: Tensor | None) -> _Prepared:
     picks, weights = target.merged()
     check_range("target", picks, picks != -1, c)
     used = picks >= 0
-    picks = torch.where(picks < -1, c, picks)  # so that the op's own check sees it
     floor = (1.0 - eps) * target.floor + eps / c
     t = (1.0 - eps) * weights.to(exact)
     factors: list[float | Tensor] = [t if v is None else t * v[picks.clamp(0, c - 1)].to(exact)]
@@ -286,7 +287,10 @@ def _run(
     if p.keep is not None:  # nothing kept: 1 / 0, which the dense engine's autograd would multiply by 0 and hand NaN to dw
         args = [torch.where(p.keep, f, 0.0) for f in args]
     if not rowwise and not return_stats:
-        return stream_loss(stream, p.picks, p.folds, p.row_loss, args, p.numbers, keep=p.keep, engine=options.engine), None
+        loss, _ = observed_loss(
+            stream, p.picks, p.folds, (), p.row_loss, args, p.numbers, keep=p.keep, update=options.update, engine=options.engine
+        )
+        return loss, None
     by_probability = p.picks is None
     folds = (*p.folds, TopK((1,))) if by_probability and return_stats else p.folds
     states, picked = reduce_logits(stream, p.picks, folds, keep=p.keep, engine=options.engine)

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bigclass
-from bigclass.core import ShiftedMoment
+from bigclass.core import ShiftedMoment, op
+from bigclass.core.engines.support import TRITON_IS_THERE
 from bigclass.core.plan import MIB, Settings, Work, make_plan
 from bigclass.core.topk import TopK
 
@@ -117,6 +118,38 @@ def test_the_fused_engine_says_why_it_cannot_run(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match=r"engine: 'fused' cannot run this, for Triton has no kernels for device 'cpu'.*'tiled'"):
         bigclass.explain(4096, 5000, 10, engine="fused")
+
+
+@pytest.mark.parametrize("workspace", [1 << 20, 8 << 20, 64 << 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("centres", [None, 1, 3])
+@pytest.mark.parametrize(("n", "reduction"), [(40, "mean"), (400, "mean"), (400, "none")])
+def test_cross_entropy_and_margin_losses_run_as_explained(n, reduction, centres, dtype, workspace, monkeypatch):
+    plans, make = [], op.make_plan
+    monkeypatch.setattr(op, "make_plan", lambda *given: plans.append(make(*given)) or plans[-1])
+    rows = 6000 * (centres or 1)
+    x, w, y = torch.randn(n, 8, dtype=dtype), torch.randn(rows, 8, dtype=dtype, requires_grad=True), torch.randint(6000, (n,))
+    with bigclass.planning(workspace=workspace):
+        if centres is None:
+            loss = bigclass.linear_cross_entropy(x, w, y, reduction=reduction)
+        else:
+            loss = bigclass.linear_margin_loss(x, w, y, subcenters=centres, reduction=reduction)
+        torch.autograd.grad(loss.sum(), w)
+        told = bigclass.explain(n, 6000, 8, dtype=dtype, subcenters=centres, reduction=reduction)
+    if told.engine == "dense":
+        assert n * rows * 4 <= 2 << 20 and not plans
+    else:
+        assert replace(plans[-1], why=()) == replace(told, why=())
+
+
+def test_explain_refuses_a_margin_loss_that_is_something_else_too():
+    for options in ({"subcenters": 0}, {"subcenters": 2, "one_vs_all": True}, {"subcenters": 1, "folds": (TopK((1,)),)}):
+        with pytest.raises(ValueError, match="subcenters: expected a number >= 1"):
+            bigclass.explain(40, 6000, 8, **options)
+    gpu = {"dtype": torch.bfloat16, "device": "cuda"}
+    if TRITON_IS_THERE:
+        assert bigclass.explain(4096, 1_000_000, 512, subcenters=4, **gpu).engine == "fused"
+        assert "groups of 3 classes" in str(bigclass.explain(4096, 1_000_000, 512, subcenters=3, **gpu))
 
 
 def test_explain_says_how_sums_over_classes_run():

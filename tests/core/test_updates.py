@@ -54,6 +54,83 @@ def test_updates_in_the_backward_equal_the_two_step_form(name, loss, c, n, scale
                 assert a == b
 
 
+def soft(c, n):
+    return bigclass.SparseTarget(torch.randint(c, (n, 2)), torch.tensor([0.3, 0.7]).expand(n, 2), c)
+
+
+# name: (options of the head, options of the call, targets of N rows over C classes)
+SOFTMAX = {
+    "index": ({}, {}, lambda c, n: torch.randint(c, (n,)).index_fill(0, torch.tensor([0]), -100)),
+    "all terms": ({"label_smoothing": 0.1, "z_loss": 0.3, "softcap": 3.0}, {"reduction": "sum"}, lambda c, n: torch.randint(c, (n,))),
+    "probabilities": ({}, {}, lambda c, n: torch.randn(n, c).softmax(1)),
+    "mixup": ({"label_smoothing": 0.1, "logit_scale": 2.0}, {}, soft),
+}
+
+
+def train_softmax(kind, c, n, name, in_backward, dtype):
+    """Weights, biases, losses and gradients of the features after some steps of a softmax head."""
+    torch.manual_seed(0)
+    made, call, targets = SOFTMAX[kind]
+    head = bigclass.CCEHead(6, c, dtype=dtype, **made)  # the default engine: small problems too must not run dense
+    slabs, rest = MAKE[name]([head.weight]), torch.optim.SGD([head.bias], lr=0.1)
+    seen = []
+    for _ in range(3):
+        x = torch.randn(n, 6, dtype=dtype, requires_grad=True)
+        value = head(x, targets(c, n), weight=torch.linspace(0.5, 2.0, c, dtype=dtype), update=slabs if in_backward else None, **call)
+        (value * 0.5).backward()
+        assert (head.weight.grad is None) == in_backward
+        for o in (slabs, rest):
+            o.step()
+            o.zero_grad()
+        seen += [value.detach(), x.grad]
+    return [head.weight.detach(), head.bias.detach(), *seen]
+
+
+@pytest.mark.parametrize("kind", SOFTMAX)
+@pytest.mark.parametrize(("name", "dtype"), [("sgd", torch.float32), ("sgd", torch.float64), ("row adam", torch.float64)])
+@pytest.mark.parametrize(("c", "n"), [(30, 5), (40000, 20)])
+def test_cross_entropy_updated_in_the_backward_equals_the_two_step_form(kind, name, dtype, c, n):
+    with bigclass.planning(workspace=1 << 20):
+        pairs = zip(*[train_softmax(kind, c, n, name, road, dtype) for road in (True, False)], strict=True)
+        for a, b in pairs:
+            assert error(a, b) < (1e-11 if dtype == torch.float64 else 1e-6)
+
+
+def test_language_models_and_poly_1_take_updates_too():
+    torch.manual_seed(0)
+    head, labels, x = bigclass.LMHead(6, 9000), torch.randint(9000, (2, 7)), torch.randn(2, 7, 6)
+    twin = copy.deepcopy(head)
+    head(x, labels, update=bigclass.GradAccumulator()).backward()
+    twin(x, labels).backward()
+    assert error(head.weight.grad, twin.weight.grad) < 1e-6
+    head.weight.grad = None
+    y = labels[0]
+    bigclass.linear_poly_cross_entropy(x[0], head.weight, y, update=bigclass.GradAccumulator()).backward()
+    (want,) = torch.autograd.grad(bigclass.linear_poly_cross_entropy(x[0], twin.weight, y), twin.weight)
+    assert error(head.weight.grad, want) < 1e-6
+
+
+def test_softmax_losses_that_cannot_hand_on_say_so():
+    head, x, y = bigclass.CCEHead(6, 900), torch.randn(4, 6), torch.arange(4)
+    slabs = SlabSGD([head.weight], lr=1.0)
+    for options, words in [
+        ({"reduction": "none"}, "reduction: 'none' has no one loss"),
+        ({"return_stats": True}, "return_stats: the log-sum-exp has a gradient of its own"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            head(x, y, update=slabs, **options)
+    with pytest.raises(ValueError, match="'dense' makes the whole C x D gradient"):
+        bigclass.linear_cross_entropy(x, head.weight, y, update=slabs, engine="dense")
+    with pytest.raises(ValueError, match=r"update: expected a weight \(C, D\), got one with positions \(3,\)"):
+        bigclass.linear_cross_entropy(x, torch.randn(9, 3, 6, requires_grad=True), torch.zeros(4, 3, dtype=torch.long), update=slabs)
+    with pytest.raises(ValueError, match="own tensors"):
+        head(x, torch.rand(4, 900, requires_grad=True), update=slabs)
+    head.weight.requires_grad_(False)
+    for other in (head, bigclass.MultiLabelHead.adopt(head)):
+        with pytest.raises(ValueError, match="leave None where it is frozen"):
+            other(x, y, update=slabs)
+
+
 def test_a_frozen_backbone_still_trains_the_weight():
     head = bigclass.MultiLabelHead(6, 900, bias=False)
     before = head.weight.detach().clone()
@@ -120,7 +197,7 @@ def test_what_cannot_work_is_refused_and_named(monkeypatch):
         head(x, y, reduction="none", update=slabs)
     with pytest.raises(ValueError, match="'dense' makes the whole C x D gradient"):
         bigclass.linear_binary_cross_entropy(x, head.weight, y, update=slabs, engine="dense")
-    with pytest.raises(ValueError, match="expected the weight to be a parameter"):
+    with pytest.raises(ValueError, match="expected a weight that is a parameter"):
         bigclass.linear_binary_cross_entropy(x, head.weight * 1.0, y, update=slabs)
     with pytest.raises(ValueError, match="update: expected an optimizer that holds the weight"):
         head(x, y, update=SlabSGD([head.bias], lr=1.0))

@@ -231,6 +231,9 @@ def test_features_targets_and_k_that_do_not_fit_are_refused():
         ]:
             with pytest.raises(error_type, match=words):
                 made(*arguments)
+        with pytest.raises(ValueError, match="reduction: expected one of"):
+            made(x, y, reduction="all")
+        assert made(x.index_fill(0, torch.tensor([1]), torch.nan), y).isnan()  # no margin of the user's is to blame
     for k, error_type in ((0, ValueError), (10, ValueError), (2.0, TypeError)):
         with pytest.raises(error_type, match="k: expected"):
             made.predict(x, k)

@@ -239,8 +239,39 @@ def test_it_compiles_to_one_graph(engine, options):
     for a, b in zip((got, *torch.autograd.grad(got, (x, w))), (want, *torch.autograd.grad(want, (x, w))), strict=True):
         assert error(a, b) <= 1e-6
     y[0] = 300
-    with pytest.raises(IndexError, match="target"):
+    with pytest.raises(IndexError, match=r"target .*\[0, 300\), got 300 or a negative one"):
         compiled(x, w, y)
+    y[0] = -1
+    with pytest.raises(IndexError, match=r"\[0, 300\), got 300 or a negative one"):
+        compiled(x, w, y)
+    y[0] = 301
+    with pytest.raises(IndexError, match=r"\[0, 300\), got 301"):
+        compiled(x, w, y)
+
+
+@pytest.mark.parametrize("name", ["m2", "m3"])
+def test_margins_of_rows_are_looked_at(name):
+    x, w, y = draw(6, 50, 4)
+    kind = {"m2": "arcface", "m3": "cosface"}[name]
+    for bad in (math.nan, math.inf, *((-0.1, 4.0) if name == "m2" else ())):
+        margins = torch.full((6,), 0.3).index_fill(0, torch.tensor([4]), bad)
+        with pytest.raises(ValueError, match=f"margin: expected .* for {name}, got .* in row 4"):
+            linear_margin_loss(x, w, y, kind=kind, margin=margins)
+        ignored = linear_margin_loss(x, w, y.index_fill(0, torch.tensor([4]), -100), kind=kind, margin=margins)
+        rest = [0, 1, 2, 3, 5]  # an ignored row may hold anything
+        assert error(ignored, linear_margin_loss(x[rest], w, y[rest], kind=kind, margin=0.3)) <= 1e-7
+    negative = torch.full((6,), -0.3)
+    if name == "m3":
+        assert linear_margin_loss(x, w, y, kind=kind, margin=negative).isfinite()
+    else:  # a negative angle is AdaFace's, and cut off at 0
+        assert (
+            error(
+                linear_margin_loss(x, w, y, margin=negative, beyond_pi="clip"), linear_margin_loss(x, w, y, margin=-0.3, beyond_pi="clip")
+            )
+            <= 1e-7
+        )
+    with pytest.raises(ValueError, match=r"margin: expected an angle in \[-pi, pi\], got -4"):
+        linear_margin_loss(x, w, y, margin=-4.0, beyond_pi="clip")
 
 
 def test_target_cosines_pass_opcheck_and_come_in_float64():
