@@ -106,7 +106,7 @@ def contrastive_loss(
         raise ArgumentError("reduction: 'none' is not offered with group=, for a rank's own losses are no whole; use 'mean' or 'sum'")
     if reduction == "none" and direction == "both" and not batch.diagonal:
         raise ArgumentError("reduction: with positives= images and texts do not pair up; choose direction='image' or 'text' for 'none'")
-    loss = _softmax(batch, direction, reduction)
+    loss = softmax_loss(batch, direction, reduction)
     if isinstance(logit_bias, Tensor):
         loss = loss + logit_bias.sum().to(loss.dtype) * 0.0
     return loss
@@ -147,6 +147,25 @@ def sigmoid_contrastive_loss(
     if reduction == "none" and batch.ranks is not None:
         raise ArgumentError("reduction: 'none' is not offered with group=, for a rank's own losses are no whole; use 'mean' or 'sum'")
     return sigmoid_loss(batch, reduction, logit_bias)
+
+
+@dataclass(frozen=True)
+class Means:
+    """What the loss of a rank means to its gradients.
+
+    local: is it the mean over this rank's images and texts (of as many on every rank), the sum of which over ranks is differentiated? Else
+    it is that of the whole batch, on every rank. features, scalars: what gradients are multiplied by, so that their average over ranks
+    is that of the mean over the whole batch; None: the number of ranks and 1 (local: 1 and one by the number of ranks).
+    """
+
+    local: bool = False
+    features: float | None = None
+    scalars: float | None = None
+
+    def factors(self, ranks: Ranks) -> tuple[float, float]:
+        """(features, scalars)"""
+        usual = (1.0, 1.0 / ranks.size) if self.local else (float(ranks.size), 1.0)
+        return usual[0] if self.features is None else self.features, usual[1] if self.scalars is None else self.scalars
 
 
 @dataclass(frozen=True)
@@ -231,10 +250,11 @@ class Batch:
         assert picked is not None
         return states, picked
 
-    def shared(self, features: float, scalars: float) -> Stream:
-        """The stream whose gradients come multiplied: those of the features, and of what all ranks hold, then summed over ranks."""
+    def shared(self, means: Means) -> Stream:
+        """The stream whose gradients come multiplied; those of what all ranks hold are summed over ranks."""
         if self.ranks is None:
             return self.stream
+        features, scalars = means.factors(self.ranks)
         (x, w), scale = self.stream.pairs[0], self.stream.scale_tensor
         pairs = ((scaled_gradient(x, features), scaled_gradient(w, features)),)
         return replace(self.stream, pairs=pairs, scale_tensor=None if scale is None else replicated(scale, self.ranks, scalars))
@@ -264,23 +284,28 @@ def info_nce_row_loss(folds, picked, args, numbers):
     return torch.where(count > 0, factor * loss, 0.0)
 
 
-def _softmax(batch: Batch, direction: str, reduction: str, *, features: float | None = None) -> Tensor:
-    stream, ranks = batch.stream, batch.ranks
+def softmax_loss(batch: Batch, direction: str, reduction: str, means: Means | None = None) -> Tensor:
+    """`contrastive_loss` of a batch."""
+    stream, ranks, means = batch.stream, batch.ranks, means or Means()
     if ranks is None and direction == "text" and batch.diagonal and batch.picks.shape[1] == 1 and batch.texts == batch.images:
         # the columns of this matrix are the rows of its transpose, whose gradients can be made in the forward
         (x, w), direction = stream.pairs[0], "image"
         stream = replace(stream, pairs=((w, x),))
-    there = (batch.picks[:, : batch.count] >= 0).to(stream.accumulate_dtype)
     wide = stream.accumulate_dtype
+    there = (batch.picks[:, : batch.count] >= 0).to(wide)
     if ranks is None and direction == "image" and reduction != "none":
-        rows = there.new_ones((), dtype=batch.exact).expand(batch.images)
-        if reduction == "mean":
-            rows = rows / (there.sum(1) > 0).sum()
-        return stream_loss(stream, batch.picks, [_ROWS], "info_nce", [rows, there], engine=batch.engine)
-    stream = replace(batch, stream=stream).shared(float(1 if ranks is None else ranks.size), 1.0)
-    parts = _parts(batch, stream, there, direction)
+        factor = there.new_ones((), dtype=batch.exact).expand(batch.images)
+        count = (there.sum(1) > 0).sum() if reduction == "mean" else 1
+        loss = stream_loss(stream, batch.picks, [_ROWS], "info_nce", [factor / count, there], engine=batch.engine)
+        return loss + 0.0 / count  # the mean of nothing is NaN
+    parts = _parts(batch, replace(batch, stream=stream).shared(means), there, direction)
     if reduction == "none":
         return torch.stack([loss for loss, _ in parts]).mean(0) if direction == "both" else parts[0][0]
+    if means.local and ranks is not None:
+        rows, columns = (loss.to(batch.exact) for loss, _ in parts)
+        own = columns.split(list(batch.sizes))[ranks.rank]
+        others = columns.sum() / own.shape[0] - own.mean()  # of the other ranks: no part of this rank's value, but of the gradient
+        return ((rows.mean() + own.mean() + (others - others.detach())) / 2).to(wide)
     sums = [loss.to(batch.exact).sum() / (count if reduction == "mean" else 1) for loss, count in parts]
     first = batch.total(sums[0]) if direction != "text" else sums[0]
     whole = first if len(sums) == 1 else (first + sums[1]) / 2
@@ -335,19 +360,20 @@ def _by_column(p: Tensor, picks: Tensor, m: int) -> tuple[State, Tensor, Tensor]
     return (top[:m], mass[:m]), segments(values, "sum")[:m], count[:m]
 
 
-def sigmoid_loss(batch: Batch, reduction: str, logit_bias: float | Tensor | None) -> Tensor:
+def sigmoid_loss(batch: Batch, reduction: str, logit_bias: float | Tensor | None, means: Means | None = None) -> Tensor:
     """`sigmoid_contrastive_loss` of a batch."""
-    ranks, bce = batch.ranks, LOSSES["bce"]
-    stream = batch.shared(float(1 if ranks is None else ranks.size), 1.0)
+    ranks, bce, means = batch.ranks, LOSSES["bce"], means or Means()
+    stream = batch.shared(means)
     wide, n = stream.accumulate_dtype, stream.shape[0]
     if logit_bias is not None:
         bias = logit_bias if isinstance(logit_bias, Tensor) else stream.tensors[0].new_full((), float(logit_bias), dtype=wide)
-        bias = bias.reshape(1) if ranks is None or not bias.requires_grad else replicated(bias.reshape(1), ranks)
+        bias = bias.reshape(1) if ranks is None or not bias.requires_grad else replicated(bias.reshape(1), ranks, means.factors(ranks)[1])
         stream = replace(stream, bias=bias, bias_last=True)
     fold = bce.negatives[False](exclude_picks=True)
     there = (batch.picks >= 0).to(wide)
     there[:, batch.count :] = 0.0
-    scale = 1.0 / batch.images if reduction == "mean" and batch.images else math.nan if reduction == "mean" else 1.0
+    of = n if means.local else batch.images
+    scale = 1.0 if reduction != "mean" else 1.0 / of if of else math.nan
     factor = there.new_full((), scale, dtype=batch.exact).expand(n)
     gathers = ranks is not None and choose_exchange(batch.exchange, stream.pairs[0][1], batch.sizes) == "gather"
     if gathers and ranks is not None:
@@ -359,9 +385,11 @@ def sigmoid_loss(batch: Batch, reduction: str, logit_bias: float | Tensor | None
             states, picked = reduce_logits(stream, batch.picks, [fold], engine=batch.engine)
             return ROW_LOSSES[bce.row_loss](states, picked, [factor, there], ()).to(wide)
         loss = stream_loss(stream, batch.picks, [fold], bce.row_loss, [factor, there], engine=batch.engine)
-        return batch.total(loss.to(batch.exact)).to(wide)
-    states, picked = batch.fold(stream, [fold])
-    return batch.total(ROW_LOSSES[bce.row_loss](states, picked, [factor, there], ()).sum()).to(wide)
+        loss = loss + scale if math.isnan(scale) else loss  # the mean of nothing
+    else:
+        states, picked = batch.fold(stream, [fold])
+        loss = ROW_LOSSES[bce.row_loss](states, picked, [factor, there], ()).sum()
+    return (loss if means.local else batch.total(loss.to(batch.exact))).to(wide)
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------------------
