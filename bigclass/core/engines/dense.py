@@ -67,6 +67,9 @@ def reduce(stream: Stream, picks: Tensor | None, keep: Tensor | None, folds: Seq
     for f in folds:
         rows = f.axis == "rows"
         tile = Tile(s if rows else s.t(), mask=mask if mask is None or rows else mask.t())
+        if tile.s.shape[1] == 0:  # nothing to fold
+            states.append(f.identity(tile.s.shape[0], s))
+            continue
         states.append(f.lift(tile, [_broadcast(t.to(s.dtype), axis, rows) for t, axis in zip(f.tensors, f.tensor_axes, strict=False)]))
     return states, picked
 
