@@ -15,7 +15,7 @@ import torch
 from bigclass.extras import require
 
 from .data import LOSS_KINDS, SEED, kinds_for
-from .shapes import SHAPES, Shape, parse_shape
+from .shapes import CROSS_ENTROPY, SHAPES, Shape, parse_shape
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RESULTS = Path(__file__).parent / "results"
@@ -31,7 +31,7 @@ class Defaults:
     rounds: int
 
 
-USUAL = tuple(name for name, shape in SHAPES.items() if not shape.one_vs_all)  # those run when they are asked for
+USUAL = tuple(name for name, shape in SHAPES.items() if shape.loss == CROSS_ENTROPY)  # those run when they are asked for
 
 DEFAULTS = {
     # At 1/8 of each dimension a pass of the largest shapes is 20 GFLOP, a fraction of a second on two cores.
@@ -54,7 +54,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         type=_shape,
         metavar="SHAPE",
-        help=f"of {', '.join(SHAPES)}, NxCxD, NxCxD:bce, NxCxD:asymmetric, or NxCxDxK for the K best classes",
+        help=f"of {', '.join(SHAPES)}, NxCxD, NxCxD:bce (:asymmetric, :clip, :siglip), or NxCxDxK for the K best classes",
     )
     parser.add_argument(
         "--data", nargs="+", choices=LOSS_KINDS, default=["flat"], help="what the logits of losses look like (default: flat)"

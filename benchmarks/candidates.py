@@ -27,7 +27,7 @@ from torch import Tensor
 import bigclass
 from bigclass.core.engines.support import device_reason
 
-from . import one_vs_all
+from . import contrastive, one_vs_all
 from .data import Problem
 from .machine import GIB, free_memory
 from .shapes import Shape
@@ -87,11 +87,13 @@ def candidates_for(shape: Shape, dtype: torch.dtype) -> list[Candidate]:
     floors = [Candidate(FLOOR, "floor", "torch.mm: one forward, three with backward", _floor)]
     if dtype in (torch.bfloat16, torch.float16):
         floors.append(Candidate(FLOOR_FP32, "floor", "the same products in fp32", _floor_fp32))
-    if shape.one_vs_all:
+    if shape.one_vs_all or shape.contrastive:
+        pairs = Candidate("open_clip", "peer", "open_clip's module", _from_loss(_open_clip))
+        labels = Candidate("timm", "peer", "F.linear and timm's module", _from_loss(_timm))
         return [
             *floors,
-            Candidate(DENSE, "dense", "F.linear, and the loss of all logits in plain torch", _from_loss(_dense_one_vs_all)),
-            Candidate("timm", "peer", "F.linear and timm's module", _from_loss(_timm)),
+            Candidate(DENSE, "dense", "the loss of all logits in plain torch", _from_loss(_dense_special)),
+            pairs if shape.contrastive else labels,
             _bigclass("bigclass", "as the planner chooses", "auto", "auto"),
             _bigclass("bigclass tiled", "tiled engine", "tiled", "auto"),
             _bigclass(
@@ -221,8 +223,15 @@ def _dense(problem: Problem, _: int | None) -> Loss:
     return loss
 
 
-def _dense_one_vs_all(problem: Problem, _: int | None) -> Loss:
+def _dense_special(problem: Problem, _: int | None) -> Loss:
+    if problem.shape.contrastive:
+        _need_memory(problem, 5 * problem.input.element_size())
+        return _of_pairs(contrastive.dense_loss(problem.shape.loss))
     return _of_logits(problem, one_vs_all.DENSE[problem.shape.loss])
+
+
+def _of_pairs(of_pairs: contrastive.Loss) -> Loss:
+    return lambda x, w, _: of_pairs(x, w)
 
 
 def _of_logits(problem: Problem, of_logits: one_vs_all.Dense) -> Loss:
@@ -256,6 +265,14 @@ def _timm(problem: Problem, _: int | None) -> Loss:
         return _of_logits(problem, one_vs_all.timm_loss(problem.shape.loss))
     except ImportError as error:
         raise Unavailable(f"{error} (pip install timm)") from error
+
+
+def _open_clip(problem: Problem, _: int | None) -> Loss:
+    _need_memory(problem, 5 * problem.input.element_size())
+    try:
+        return _of_pairs(contrastive.open_clip_loss(problem.shape.loss))
+    except ImportError as error:
+        raise Unavailable(f"{error} (pip install open_clip_torch)") from error
 
 
 def _liger(problem: Problem, _: int | None) -> Loss:
@@ -302,6 +319,8 @@ def _bigclass(name: str, what: str, engine: str, gradients: str, passes: tuple[P
 
         if problem.shape.one_vs_all:
             return one_vs_all.streamed_loss(problem.shape.loss, engine)
+        if problem.shape.contrastive:
+            return _of_pairs(contrastive.streamed_loss(problem.shape.loss, engine))
 
         def loss(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
             value = bigclass.linear_cross_entropy(x, w, y, softcap=problem.shape.softcap, engine=engine)

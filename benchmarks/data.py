@@ -20,6 +20,11 @@ For one-vs-all losses, 5 different labels a row, drawn uniformly:
     rare    a head that knows how rare labels are and nothing else: logits are standard normal about log(5/C), by a common component of
             all x_i. Most negatives lie where the asymmetric loss is exactly 0.
 
+For contrastive losses, images and texts of length 1:
+
+    fresh    independent: an untrained pair of encoders.
+    paired   a text is its image plus as much noise: loss of clip about 0.
+
 Everything is drawn in float32 on the device itself from one seed and then rounded, so a device gives the same operands every time.
 """
 
@@ -38,6 +43,7 @@ SEED = 20240817
 LOSS_KINDS = ("flat", "peaked", "early", "onehot")
 PREDICTION_KINDS = ("random", "ascending")
 ONE_VS_ALL_KINDS = ("fresh", "rare")
+CONTRASTIVE_KINDS = ("fresh", "paired")
 
 LABELS = 5  # a row, of one-vs-all losses
 
@@ -52,12 +58,14 @@ class Problem:
     kind: str
     input: Tensor  # (N, D)
     linear_weight: Tensor  # (C, D)
-    target: Tensor  # (N,), not used by predictions; labels (N, K) of one-vs-all losses
+    target: Tensor  # (N,), not used by predictions and contrastive losses; labels (N, K) of one-vs-all losses
 
 
 def kinds_for(shape: Shape, loss_kinds: tuple[str, ...] = LOSS_KINDS) -> tuple[str, ...]:
     """The kinds of data to run `shape` on, `loss_kinds` being those asked for losses."""
-    return PREDICTION_KINDS if shape.k else ONE_VS_ALL_KINDS if shape.one_vs_all else loss_kinds
+    if shape.k:
+        return PREDICTION_KINDS
+    return ONE_VS_ALL_KINDS if shape.one_vs_all else CONTRASTIVE_KINDS if shape.contrastive else loss_kinds
 
 
 def make_problem(shape: Shape, kind: str, dtype: torch.dtype, device: torch.device) -> Problem:
@@ -75,6 +83,11 @@ def make_problem(shape: Shape, kind: str, dtype: torch.dtype, device: torch.devi
         return torch.randn(*size, generator=generator, device=device)
 
     w = normal(c, d).div_(math.sqrt(d))  # (C, D)
+    if shape.contrastive:
+        x = normal(n, d)
+        text = x / math.sqrt(d) + w if kind == "paired" else w
+        nobody = torch.arange(n, device=device)
+        return Problem(shape, kind, F.normalize(x).to(dtype), F.normalize(text).to(dtype), nobody)
     if shape.one_vs_all:
         k = min(LABELS, c)
         first = torch.randint(c, (n, 1), generator=generator, device=device)

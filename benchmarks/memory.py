@@ -15,6 +15,7 @@ from .shapes import Shape
 
 # Large enough for every engine to take the way it takes on a real problem, too small for it to keep a work buffer for the next call.
 WARM_UP = {"rows": 96, "classes": 8192, "features": 64}
+WARM_UP_PAIRS = {"rows": 1024, "classes": 1024, "features": 64}
 
 
 def measure_memory(
@@ -30,7 +31,7 @@ def measure_memory(
 def prepare(name: str, which: Pass, setting: int | None, shape: Shape, kind: str, dtype: torch.dtype, device: torch.device) -> Call:
     """The call to be measured, warmed up: thread pools, the GEMM library's lazy set-up and imports are no part of it."""
     (candidate,) = (c for c in candidates_for(shape, dtype) if c.name == name)
-    small = make_problem(dataclasses.replace(shape, **WARM_UP), kind, dtype, device)
+    small = make_problem(dataclasses.replace(shape, **(WARM_UP_PAIRS if shape.contrastive else WARM_UP)), kind, dtype, device)
     candidate.prepare(small, which, setting)()
     call = candidate.prepare(make_problem(shape, kind, dtype, device), which, setting)
     if device.type == "cuda":

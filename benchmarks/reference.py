@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import one_vs_all
+from . import contrastive, one_vs_all
 from .data import Problem
 
 # Logits in float64 that exist at a time: 64 MiB.
@@ -31,6 +31,10 @@ def reference(problem: Problem) -> Reference:
         rows = problem.input[:PREDICTED_ROWS].double().split(step)
         return {"values": torch.cat([torch.topk(x @ w.T, shape.k).values for x in rows])}
 
+    if shape.contrastive:
+        return dict(
+            zip(("loss", "input", "linear_weight"), contrastive.reference(shape.loss, problem.input.double(), w, step), strict=True)
+        )
     w.requires_grad_()
     total = w.new_zeros(())
     gradients = []

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 import bigclass
+from bigclass.core import LogSumExp
 
 from .candidates import DENSE, FLOOR, FLOOR_FP32, Candidate, Pass
 from .machine import MIB
@@ -202,9 +203,11 @@ def _case_as_json(case: Case, device: str) -> dict[str, Any]:
 
 def _explain(case: Case, device: str) -> str:
     shape = case.shape
+    sums = shape.one_vs_all or shape.loss == "siglip"
+    folds = (LogSumExp(exclude_picks=True), LogSumExp(exclude_picks=True, axis="columns")) if shape.loss == "clip" else None
     return str(
         bigclass.explain(
-            shape.rows, shape.classes, shape.features, dtype=case.dtype, device=device, softcap=shape.softcap, one_vs_all=shape.one_vs_all
+            shape.rows, shape.classes, shape.features, dtype=case.dtype, device=device, softcap=shape.softcap, one_vs_all=sums, folds=folds
         )
     )
 

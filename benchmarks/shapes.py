@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 CROSS_ENTROPY = "cross-entropy"
 ONE_VS_ALL = ("bce", "asymmetric")
+CONTRASTIVE = ("clip", "siglip")
 
 # Rows and features are kept multiples of this when scaled down: real models' are, and some kernels' descriptors demand it.
 ALIGNMENT = 8
@@ -15,7 +16,8 @@ ALIGNMENT = 8
 class Shape:
     """One problem.
 
-    loss: "cross-entropy", or one-vs-all over few labels a row: "bce", "asymmetric" (one_vs_all.py).
+    loss: "cross-entropy", one-vs-all over few labels a row: "bce", "asymmetric" (one_vs_all.py), or of N = C pairs: "clip", "siglip"
+        (contrastive.py).
     softcap: logits become softcap * tanh(logits / softcap). k: predict the k best classes of a row, instead of a loss.
     scales: whether `--scale` shrinks it; shapes that exist for one machine class are run as they are.
     """
@@ -31,7 +33,11 @@ class Shape:
 
     @property
     def one_vs_all(self) -> bool:
-        return self.loss != CROSS_ENTROPY
+        return self.loss in ONE_VS_ALL
+
+    @property
+    def contrastive(self) -> bool:
+        return self.loss in CONTRASTIVE
 
     def scaled(self, scale: float) -> Shape:
         """The same problem with N, C and D times `scale`. C keeps its raggedness, N and D their alignment."""
@@ -50,7 +56,7 @@ class Shape:
 
     def __str__(self) -> str:
         extras = (f", soft cap {self.softcap:g}" if self.softcap else "") + (f", k = {self.k}" if self.k else "")
-        extras += f", {self.loss}" if self.one_vs_all else ""
+        extras += f", {self.loss}" if self.loss != CROSS_ENTROPY else ""
         return f"{self.name} ({self.rows} x {self.classes} x {self.features}{extras})"
 
 
@@ -73,12 +79,14 @@ SHAPES = {
         Shape("topk", 256, 3_000_000, 64, k=5),
         Shape("bce", 512, 131072, 256, loss="bce"),
         Shape("asymmetric", 512, 131072, 256, loss="asymmetric"),
+        Shape("clip", 4096, 4096, 512, loss="clip"),
+        Shape("siglip", 4096, 4096, 512, loss="siglip"),
     )
 }
 
 
 def parse_shape(text: str) -> Shape:
-    """A shape by name, or given as NxCxD (a loss; NxCxD:bce or NxCxD:asymmetric one-vs-all) or NxCxDxK (the K best classes).
+    """A shape by name, or given as NxCxD (a loss; NxCxD:bce, :asymmetric, NxNxD:clip, :siglip) or NxCxDxK (the K best classes).
 
     Raises:
         ValueError: for anything else.
@@ -92,7 +100,9 @@ def parse_shape(text: str) -> Shape:
     try:
         sizes, colon, loss = text.partition(":")
         rows, classes, features, *k = (int(size) for size in sizes.split("x"))
-        if len(k) > 1 or min(rows, classes, features, *k) < 1 or (colon and (loss not in ONE_VS_ALL or k)):
+        if len(k) > 1 or min(rows, classes, features, *k) < 1 or (colon and (loss not in ONE_VS_ALL + CONTRASTIVE or k)):
+            raise ValueError
+        if loss in CONTRASTIVE and rows != classes:
             raise ValueError
     except ValueError:
         raise ValueError(f"expected one of {', '.join(SHAPES)}, NxCxD[:LOSS] or NxCxDxK; got {text!r}") from None

@@ -28,6 +28,8 @@ CAPPED = Shape("capped", 96, 301, 32, softcap=30.0)
 PREDICTION = Shape("prediction", 40, 5000, 16, k=5)
 BCE = Shape("bce", 24, 3001, 32, loss="bce")
 ASYMMETRIC = Shape("asymmetric", 24, 3001, 32, loss="asymmetric")
+CLIP = Shape("clip", 301, 301, 32, loss="clip")
+SIGLIP = Shape("siglip", 301, 301, 32, loss="siglip")
 
 
 def measured(shape: Shape, kind: str) -> Case:
@@ -37,7 +39,7 @@ def measured(shape: Shape, kind: str) -> Case:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("shape", "kind"),
-    [(shape, kind) for shape in (LOSS, CAPPED, PREDICTION, BCE, ASYMMETRIC) for kind in kinds_for(shape)],
+    [(shape, kind) for shape in (LOSS, CAPPED, PREDICTION, BCE, ASYMMETRIC, CLIP, SIGLIP) for kind in kinds_for(shape)],
     ids=lambda value: str(value),
 )
 def test_every_candidate_computes_the_same_loss_and_gradients(shape: Shape, kind: str, dtype: torch.dtype) -> None:
@@ -61,7 +63,7 @@ def test_every_candidate_computes_the_same_loss_and_gradients(shape: Shape, kind
     assert {which for role, which, _ in compared if role == "bigclass"} == set(passes)
 
 
-@pytest.mark.parametrize("shape", [LOSS, PREDICTION, BCE, ASYMMETRIC], ids=str)
+@pytest.mark.parametrize("shape", [LOSS, PREDICTION, BCE, ASYMMETRIC, CLIP, SIGLIP], ids=str)
 def test_a_reference_is_float64_and_not_trivial(shape: Shape) -> None:
     exact = reference(make_problem(shape, kinds_for(shape)[0], torch.float32, CPU))
     for truth in exact.values():
@@ -160,7 +162,7 @@ def test_labels_are_different_classes_and_logits_of_rare_ones_are_low() -> None:
 
 
 def test_the_usual_run_leaves_one_vs_all_losses_out() -> None:
-    assert not any(shape.one_vs_all for shape in parse_arguments(["--device", "cpu"]).shapes)
+    assert not any(shape.one_vs_all or shape.contrastive for shape in parse_arguments(["--device", "cpu"]).shapes)
     assert parse_arguments(["--shapes", "bce"]).shapes == [SHAPES["bce"]]
 
 
