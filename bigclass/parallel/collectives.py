@@ -15,19 +15,23 @@ parameters over ranks, and would divide them by their number: `scaled_gradient` 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.distributed._functional_collectives as functional
+import torch.distributed as dist
 from torch import Tensor
 
 from bigclass.core.errors import ArgumentError
 from bigclass.core.folds import Fold, LogSumExp, State, SumFold
 from bigclass.parallel.groups import Ranks
 
+# a torch without torch.distributed has no groups either, and gets no further than groups.py
+functional: Any = importlib.import_module("torch.distributed._functional_collectives") if dist.is_available() else None
 # new names from torch 2.13 on
-_all_gather = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
-_reduce_scatter = getattr(functional, "reduce_scatter_single", None) or functional.reduce_scatter_tensor
+_all_gather: Any = getattr(functional, "all_gather_single", None) or getattr(functional, "all_gather_tensor", None)
+_reduce_scatter: Any = getattr(functional, "reduce_scatter_single", None) or getattr(functional, "reduce_scatter_tensor", None)
 
 
 def batch_sizes(n: int, ranks: Ranks, device: torch.device) -> list[int]:
@@ -41,10 +45,11 @@ def batch_sizes(n: int, ranks: Ranks, device: torch.device) -> list[int]:
             most[0] == -most[1], "bigclass: under torch.compile all ranks of a group must have batches of the same size"
         )
         return [n] * ranks.size
-    return _wait(_all_gather(mine[:1], 0, ranks.name)).tolist()
+    return wait(_all_gather(mine[:1], 0, ranks.name)).tolist()
 
 
-def _wait(t: Tensor) -> Tensor:
+def wait(t: Tensor) -> Tensor:
+    """t, once it has arrived."""
     return functional.wait_tensor(t)
 
 
@@ -75,7 +80,7 @@ def scatter_sum(t: Tensor, sizes: Sequence[int], ranks: Ranks) -> Tensor:
     most = max(sizes)
     if any(n != most for n in sizes):
         t = torch.cat([padded(part, most) for part in t.split(list(sizes))])
-    return _wait(_reduce_scatter(t.contiguous(), "sum", 0, ranks.name))[: sizes[ranks.rank]]
+    return wait(_reduce_scatter(t.contiguous(), "sum", 0, ranks.name))[: sizes[ranks.rank]]
 
 
 def shift(t: Tensor, ranks: Ranks) -> Tensor:
@@ -89,7 +94,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, t, sizes, ranks):
         ctx.sizes, ctx.ranks = sizes, ranks
-        return unpadded(_wait(start_gather(t, sizes, ranks)), sizes)
+        return unpadded(wait(start_gather(t, sizes, ranks)), sizes)
 
     @staticmethod
     def backward(ctx, grad):
@@ -104,7 +109,7 @@ def gather_rows(t: Tensor, sizes: Sequence[int], ranks: Ranks) -> Tensor:
 class _SumOver(torch.autograd.Function):
     @staticmethod
     def forward(ctx, t, ranks):
-        return _wait(functional.all_reduce(t, "sum", ranks.name))
+        return wait(functional.all_reduce(t, "sum", ranks.name))
 
     @staticmethod
     def backward(ctx, grad):
@@ -124,7 +129,7 @@ class _Replicated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return _wait(functional.all_reduce(grad * ctx.factor, "sum", ctx.ranks.name)), None, None
+        return wait(functional.all_reduce(grad * ctx.factor, "sum", ctx.ranks.name)), None, None
 
 
 def replicated(t: Tensor, ranks: Ranks, factor: float = 1.0) -> Tensor:
@@ -155,14 +160,14 @@ def merge_states(fold: Fold, state: State, ranks: Ranks) -> State:
     merging them in the order of the ranks, which is the same on each."""
     if type(fold) is LogSumExp:
         m, mass = state
-        top = _wait(functional.all_reduce(m.detach(), "max", ranks.name))
+        top = wait(functional.all_reduce(m.detach(), "max", ranks.name))
         down = (m - top.clamp_min(torch.finfo(top.dtype).min)).exp()
         return top, sum_over(mass * down, ranks)
     if isinstance(fold, SumFold):
         return tuple([sum_over(t, ranks) for t in state])
     if any(t.requires_grad for t in state):
         raise ArgumentError(f"fold {fold.name!r}: its states are merged over ranks without gradients; detach them")
-    gathered = [_wait(_all_gather(t.contiguous(), 0, ranks.name)).unflatten(0, (ranks.size, -1)) for t in state]
+    gathered = [wait(_all_gather(t.contiguous(), 0, ranks.name)).unflatten(0, (ranks.size, -1)) for t in state]
     merged = tuple([t[0] for t in gathered])
     for q in range(1, ranks.size):
         merged = fold.merge(merged, tuple([t[q] for t in gathered]))

@@ -14,7 +14,7 @@ from bigclass.core.errors import ArgumentError, ArgumentTypeError
 class Ranks:
     """A process group by the name that collectives know it by (a string crosses custom ops), this rank in it, its size."""
 
-    name: str
+    name: Any
     rank: int
     size: int
 
@@ -29,9 +29,11 @@ class Ranks:
             return None
         if not dist.is_available() or not dist.is_initialized():
             raise ArgumentError("group: torch.distributed is not initialised; call torch.distributed.init_process_group first")
+        from torch.distributed.device_mesh import DeviceMesh  # not there in a torch without torch.distributed
+
         if group is dist.GroupMember.NON_GROUP_MEMBER:
             raise ArgumentError(f"group: rank {dist.get_rank()} is no member of it; call this on its members alone")
-        if isinstance(group, dist.DeviceMesh):
+        if isinstance(group, DeviceMesh):
             if group.ndim != 1:
                 raise ArgumentError(
                     f"group: expected a mesh of one axis, got axes {group.mesh_dim_names or group.ndim}; choose one: mesh['dp']"

@@ -16,10 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as functional
 from torch import Tensor
 
 from bigclass.core.errors import ArgumentError
@@ -28,7 +28,7 @@ from bigclass.core.guards import refuse_create_graph, refuse_transforms
 from bigclass.core.op import assert_picks, fold_gradients, fold_states
 from bigclass.core.recipe import pack, unpack
 from bigclass.core.stream import Stream
-from bigclass.parallel.collectives import padded, scatter_sum, shift, start_gather, unpadded
+from bigclass.parallel.collectives import padded, scatter_sum, shift, start_gather, unpadded, wait
 from bigclass.parallel.groups import Ranks
 
 EXCHANGES = ("auto", "gather", "ring")
@@ -75,8 +75,8 @@ def spread_logits(
     return states, None if picks is None else next(out)
 
 
-def _ranks(name: str) -> Ranks:
-    group = dist.distributed_c10d._resolve_process_group(name)
+def _ranks(name: Any) -> Ranks:
+    group = dist.distributed_c10d._resolve_process_group(name)  # pyright: ignore[reportPrivateImportUsage]
     return Ranks(name, dist.get_rank(group), dist.get_world_size(group))
 
 
@@ -103,7 +103,7 @@ def _ring(w: Tensor, sizes: Sequence[int], ranks: Ranks) -> Iterator[tuple[int, 
         coming = shift(current, ranks) if step < ranks.size - 1 else None
         yield q, current[: sizes[q]]
         if coming is not None:
-            current = functional.wait_tensor(coming)
+            current = wait(coming)
 
 
 def _gathered(w: Tensor, sizes: Sequence[int], ranks: Ranks, whole: list[Tensor]) -> Iterator[tuple[int, Tensor]]:
@@ -112,7 +112,7 @@ def _gathered(w: Tensor, sizes: Sequence[int], ranks: Ranks, whole: list[Tensor]
     start = _starts(sizes)[ranks.rank]
     stop = start + sizes[ranks.rank]
     yield start, w
-    whole.append(unpadded(functional.wait_tensor(coming), sizes))
+    whole.append(unpadded(wait(coming), sizes))
     yield 0, whole[0][:start]
     yield stop, whole[0][stop:]
 
@@ -185,11 +185,11 @@ def _spread_backward(
             return None
         stop = start + part.shape[0]
 
-        def cut(t: Tensor | None, f: Fold) -> Tensor | None:
-            return t if t is None or f.axis == "rows" else t[start:stop]
+        def cut(t: Tensor, f: Fold) -> Tensor:
+            return t if f.axis == "rows" else t[start:stop]
 
         some = [tuple([cut(t, f) for t in s]) for f, s in zip(folds, folded, strict=True)]
-        above = [[cut(t, f) for t in p] for f, p in zip(folds, parts, strict=True)]
+        above = [[None if t is None else cut(t, f) for t in p] for f, p in zip(folds, parts, strict=True)]
         here, space = _local(picks, start, stop), int(workspace) or None
         made = iter(fold_gradients(_over(stream, part), here, folds, some, above, h, needs, engine, space))
         dw = None
@@ -212,10 +212,10 @@ def _spread_backward(
         if needs[1]:
             own = x.new_zeros((most, w.shape[1]), dtype=wide) if dw is None else padded(dw, most)
             if travelling is not None:
-                own = own + functional.wait_tensor(travelling)
+                own = own + wait(travelling)
             travelling = shift(own, ranks)
     if travelling is not None:
-        sums[1] = functional.wait_tensor(travelling)[: sizes[ranks.rank]].clone()
+        sums[1] = wait(travelling)[: sizes[ranks.rank]].clone()
     return [t for t, need in zip(sums, needs, strict=True) if need]
 
 
