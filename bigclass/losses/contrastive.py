@@ -207,9 +207,12 @@ class Batch:
         texts = text_features if hard_negatives is None else torch.cat((text_features, hard_negatives))
         sizes, images = (texts.shape[0],), n
         if ranks is not None:
-            sizes = tuple(batch_sizes(texts.shape[0], ranks, device))
+            if engine == "dense":
+                raise ArgumentError("engine: 'dense' is not offered with group=, whose ranks hold no whole matrix; use 'auto' or 'tiled'")
+            choose_exchange(exchange, texts, (0,))  # raises for what it does not know
+            sizes = tuple(batch_sizes(texts, ranks))
             even = positives is None and hard_negatives is None
-            images = sum(sizes) if even else sum(batch_sizes(n, ranks, device))
+            images = sum(sizes) if even else sum(batch_sizes(image_features, ranks))
         start = 0 if ranks is None else sum(sizes[: ranks.rank])
         if positives is None:
             picks = torch.arange(start, start + n, device=device).unsqueeze(1)
@@ -317,11 +320,11 @@ def softmax_loss(batch: Batch, direction: str, reduction: str, means: Means | No
     return whole.to(wide)
 
 
-def _parts(batch: Batch, stream: Stream, there: Tensor, direction: str) -> list[tuple[Tensor, Tensor]]:
+def _parts(batch: Batch, stream: Stream, there: Tensor, direction: str) -> list[tuple[Tensor, Tensor | int]]:
     """(losses, how many of them count over all ranks): (N,) of this rank's images, then (M,) of the texts of all ranks."""
     folds: list[Fold] = [f for f, name in ((_ROWS, "image"), (_COLUMNS, "text")) if direction in ("both", name)]
     states, picked = batch.fold(stream, folds)
-    parts = []
+    parts: list[tuple[Tensor, Tensor | int]] = []
     if direction != "text":
         one = there.new_ones(()).expand(there.shape[0])
         count = (there.sum(1) > 0).sum()
@@ -333,11 +336,11 @@ def _parts(batch: Batch, stream: Stream, there: Tensor, direction: str) -> list[
     return parts
 
 
-def _columns(batch: Batch, rest: State, p: Tensor) -> tuple[Tensor, Tensor]:
+def _columns(batch: Batch, rest: State, p: Tensor) -> tuple[Tensor, Tensor | int]:
     """The losses (M,) of the texts of all ranks and how many have a positive. p: (N, K)."""
     ranks, m = batch.ranks, batch.texts
     if ranks is None and batch.diagonal and m == batch.images:
-        return _gap(rest, p[:, 0]), torch.tensor(m, device=p.device)
+        return _gap(rest, p[:, 0]), m
     state, total, count = _by_column(p, batch.picks[:, : batch.count], m)
     if ranks is not None:
         rest, state = merge_states(_COLUMNS, rest, ranks), merge_states(LogSumExp(), state, ranks)

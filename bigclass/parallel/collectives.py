@@ -34,18 +34,29 @@ _all_gather: Any = getattr(functional, "all_gather_single", None) or getattr(fun
 _reduce_scatter: Any = getattr(functional, "reduce_scatter_single", None) or getattr(functional, "reduce_scatter_tensor", None)
 
 
-def batch_sizes(n: int, ranks: Ranks, device: torch.device) -> list[int]:
-    """How many rows each rank has. Their exchange is one number a rank, which the host waits for.
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-    In a traced graph, which cannot wait, they must all have n: elsewhere an assertion (on CUDA: on the device) fails."""
-    mine = torch.tensor([n, -n], device=device)
+
+def batch_sizes(t: Tensor, ranks: Ranks) -> list[int]:
+    """How many rows of t (n, D) each rank has. Their exchange is a few numbers a rank, which the host waits for.
+
+    In a traced graph, which cannot wait, all must have n: an assertion (on CUDA: on the device) fails where they have not.
+
+    Raises:
+        ValueError: ranks differ in D or in dtype; on each of them, where what follows would hang or mix up bytes."""
+    n = t.shape[0]
     if torch.compiler.is_compiling():
-        most = functional.all_reduce(mine, "max", ranks.name)
+        most = functional.all_reduce(torch.tensor([n, -n], device=t.device), "max", ranks.name)
         torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
             most[0] == -most[1], "bigclass: under torch.compile all ranks of a group must have batches of the same size"
         )
         return [n] * ranks.size
-    return wait(_all_gather(mine[:1], 0, ranks.name)).tolist()
+    kind = _DTYPES.index(t.dtype) if t.dtype in _DTYPES else -1
+    told = wait(_all_gather(torch.tensor([n, t.shape[1], kind], device=t.device), 0, ranks.name)).view(ranks.size, 3).tolist()
+    for label, values in (("widths", [d for _, d, _ in told]), ("dtypes", [_DTYPES[k] for _, _, k in told])):
+        if len(set(values)) > 1:
+            raise ArgumentError(f"group: expected features of one width and one dtype on all ranks, got {label} {values}")
+    return [rows for rows, _, _ in told]
 
 
 def wait(t: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ def pieces(rank: int, world: int) -> dict[str, Tensor]:
     scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
     (made["replicated"],) = torch.autograd.grad(replicated(scale, ranks, 0.5) * (rank + 1), scale)
     (made["scaled"],) = torch.autograd.grad(scaled_gradient(scale, 3.0) * 2.0, scale)
-    made["sizes"] = torch.tensor(batch_sizes(SHARDS[rank], ranks, torch.device("cpu")))
+    made["sizes"] = torch.tensor(batch_sizes(own, ranks))
     return made
 
 

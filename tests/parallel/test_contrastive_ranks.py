@@ -190,6 +190,17 @@ def refusals(rank: int, world: int) -> dict[str, str]:
     note("no group", group="world")
     note("none", group=dist.group.WORLD, reduction="none")
     note("exchange", group=dist.group.WORLD, exchange="broadcast")
+    note("engine", group=dist.group.WORLD, engine="dense")
+    try:  # ranks that do not agree
+        bad = a.double() if rank else a
+        bigclass.contrastive_loss(bad, bad, 1.0, group=dist.group.WORLD)
+    except Exception as e:
+        messages["dtypes"] = f"{type(e).__name__}: {e}"
+    try:
+        bad = a[:, :2] if rank else a
+        bigclass.sigmoid_contrastive_loss(bad, bad, 1.0, -1.0, group=dist.group.WORLD)
+    except Exception as e:
+        messages["widths"] = f"{type(e).__name__}: {e}"
     note("positives", group=dist.group.WORLD, positives=torch.full((4,), 4 * world))
     if rank == 0:  # a group of one is no group: nobody to wait for
         messages["alone"] = str(float(bigclass.contrastive_loss(a, a, 1.0, group=some) - bigclass.contrastive_loss(a, a, 1.0)))
@@ -206,3 +217,5 @@ def test_bad_groups_are_refused_before_anything_is_sent():
         assert "reduction: 'none'" in found["none"]
         assert "exchange: expected one of" in found["exchange"]
         assert found["positives"].startswith("IndexError")
+        assert "engine: 'dense' is not offered with group=" in found["engine"]
+        assert "one dtype on all ranks" in found["dtypes"] and "one width" in found["widths"]
