@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import bigclass
 from bigclass.core import LogSumExp, ShiftedMoment, Softcap, Stream, Total, entropy, log_sum_exp, reduce_logits
@@ -282,3 +283,47 @@ def test_a_class_out_of_range_is_an_assertion_on_the_device(engine):
         f"bigclass.linear_cross_entropy(x, w, y, engine={engine!r}); torch.cuda.synchronize()"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode != 0
+
+
+def pairs(dtype: torch.dtype, n: int = 700, d: int = 96) -> list[Tensor]:
+    g = torch.Generator().manual_seed(0)
+    image = torch.randn(n, d, generator=g)
+    text = torch.randn(n, d, generator=g) + image
+    leaves = [torch.nn.functional.normalize(t).to("cuda", dtype).requires_grad_() for t in (image, text)]
+    return [*leaves, torch.tensor(14.3, device="cuda", requires_grad=True), torch.tensor(-6.0, device="cuda", requires_grad=True)]
+
+
+def contrastive(leaves: list[Tensor], sigmoid: bool, engine: str, **options) -> list[Tensor]:
+    image, text, scale, bias = leaves
+    loss = bigclass.sigmoid_contrastive_loss if sigmoid else bigclass.contrastive_loss
+    value = loss(image, text, scale, logit_bias=bias, engine=engine, **options)
+    return [value, *torch.autograd.grad(value, leaves)]
+
+
+@pytest.mark.parametrize("engine", ["tiled", "fused"])
+@pytest.mark.parametrize("sigmoid", [False, True], ids=["softmax", "sigmoid"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_contrastive_losses_are_those_of_float64(engine, sigmoid, dtype):
+    leaves = pairs(dtype)
+    exact = contrastive([t.detach().double().requires_grad_() for t in leaves], sigmoid, "dense")
+    limit = 2e-5 if dtype == torch.float32 else 1e-2
+    for made, truth in zip(contrastive(leaves, sigmoid, engine), exact, strict=True):
+        if float(truth.norm()) > 0:  # a softmax sees no bias
+            assert error(made.cpu(), truth.cpu()) < limit
+    several = torch.randint(-1, 700, (700, 3), device="cuda")
+    if not sigmoid:  # sums by segments: the same bits every run
+        runs = [contrastive(leaves, sigmoid, engine, positives=several) for _ in range(2)]
+        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("engine", ["tiled", "fused"])
+@pytest.mark.parametrize("sigmoid", [False, True], ids=["softmax", "sigmoid"])
+def test_contrastive_losses_do_not_wait_for_the_device(engine, sigmoid):
+    leaves = pairs(torch.bfloat16)
+    contrastive(leaves, sigmoid, engine)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        contrastive(leaves, sigmoid, engine)
+        contrastive(leaves, sigmoid, engine, positives=torch.zeros(700, 2, dtype=torch.long, device="cuda").cumsum(1))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
