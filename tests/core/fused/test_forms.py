@@ -126,8 +126,8 @@ def test_every_fold_and_map_of_the_library_has_a_triton_form_but_those_that_are_
 
 OF_LOSSES = {cls.name for loss in LOSSES.values() for cls in (*loss.negatives, *loss.floor, *loss.dense)}
 # rows, classes, spread of the logits, are picks left out: on and off the ends of tiles, several tiles and merges, a row with no class left.
-# One fold of a loss is as another but for its terms.
-DRAWS = [(37, 70, 3.0, True), (66, 130, 40.0, False), (5, 150, 0.1, True), (1, 1, 3.0, True)]
+# Bounds grow with the logits: small ones show an error of 1e-4 in a term. One fold of a loss is as another but for its terms.
+DRAWS = [(37, 70, 0.5, True), (66, 130, 40.0, False), (5, 150, 3.0, True), (1, 1, 3.0, True)]
 CASES = [
     (name, tensors, axis, *drawn)
     for name in WITH_FORMS
