@@ -107,7 +107,7 @@ class Fold:
     tensor_axes: ClassVar[tuple[str, ...]] = ()
     differentiable: ClassVar[tuple[bool, ...]] = ()  # for each part of the state
     overwrites: ClassVar[bool] = False  # are `lift_in_place` and `gradient_in_place` there?
-    weight: ClassVar[int] = 0  # of its Triton forms: 0, a few registers a logit; 1, some; 2, a dozen; 3, more (fused/launch.py: tiles)
+    weight: ClassVar[int] = 0  # of its Triton forms: 0, a few registers a logit; 2, a dozen; 3, more (fused/launch.py chooses tiles by it)
     literal_numbers: ClassVar[bool] = False  # are the numbers integers that Triton forms take as constants (shapes)?
 
     @property

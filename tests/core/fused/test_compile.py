@@ -29,12 +29,25 @@ ELSEWHERE = {
 RECIPES: dict[str, tuple[str, ...]] = {
     "bf16": tuple(name for name in kernels.RECIPES if not any(name in names for names in ELSEWHERE.values())),
     "fp16": ("ce", "entropy", *ELSEWHERE["fp16"]),
-    "fp32": ("ce", "bias smoothing", "entropy bias cap", "given", "probabilities weights bias cap", "stored", *ELSEWHERE["fp32"]),
+    "fp32": (
+        *(
+            "ce",
+            "bias smoothing",
+            "entropy bias cap",
+            "given",
+            "probabilities weights bias cap",
+            "stored",
+            "contrastive",
+            "bce",
+            "curricular",
+        ),
+        *ELSEWHERE["fp32"],
+    ),
 }
 WIDTHS = (64, 768, 2304, 4096, 4608)  # of models; a run-time argument, so they share their binaries
 UNALIGNED = (70,)  # descriptors cannot address the rows
 PLAIN = "--ieee"  # fp32 products by plain arithmetic
-AWKWARD = ("entropy", "two pairs", "given", "probabilities weights bias cap")
+AWKWARD = ("entropy", "two pairs", "given", "probabilities weights bias cap", "bce", "4 centres")
 PLAINLY = ("ce", "columns", "entropy bias cap")
 
 # (dtype, features, recipes, options)
