@@ -4,9 +4,9 @@ Every kernel of every recipe is compiled for the architectures asked for, and it
 
     registers, stack, spills   of a thread; bytes of stack; stores to local memory (STL). Anything but 0 of the last two costs bandwidth
     shared                     bytes of shared memory of a program, dynamic and static
-    matrix instructions        wgmma (HGMMA), tcgen05 (UTC*MMA) or mma.sync (HMMA), as they stand in the text
-    TMA, cp.async              loads by tensor descriptor (UTMALDG) and asynchronous copies of at most 16 bytes (LDGSTS)
-    instructions               of the whole kernel, as they stand in the text
+    matrix instructions        wgmma, tcgen05 or mma.sync, as they stand in the PTX
+    TMA, cp.async              loads by tensor descriptor and asynchronous copies of at most 16 bytes, as they stand in the PTX
+    instructions               of the whole kernel, as they stand in the text of the binary
     per logit                  of fold and gradient: the arithmetic around the matrix products, see below
 
 The features D are a run-time argument: what is compiled depends on what divides D and the rows' bytes, on nothing else. Widths that share a
@@ -59,6 +59,10 @@ ARITHMETIC = frozenset((
     "FADD", "FADD2", "FADD32I", "FMUL", "FMUL2", "FMUL32I", "FFMA", "FFMA2", "FFMA32I", "FMNMX", "FMNMX3", "FSEL", "FSET", "FSETP", "FCHK",
     "MUFU", "F2F", "F2FP", "HADD2", "HMUL2", "HFMA2", "HMNMX2", "ISETP", "SEL", "LOP3", "PLOP3", "P2R", "R2P",
 ))
+UNITS = {
+    "wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\btcgen05\.mma", "mma_sync": r"\bmma\.sync",
+    "tma": r"\bcp\.async\.bulk\.tensor\.\dd\.shared::", "cp_async": r"\bcp\.async\.c[ag]\.",
+}
 # fmt: on
 COPIES = {"fold": 2, "gradient": 1}
 
@@ -67,8 +71,9 @@ COPIES = {"fold": 2, "gradient": 1}
 class Recipe:
     """A stream, its folds, the picks of a row.
 
-    given: an N x C tensor is added to the logits. weights: folds read class vectors, where they may. stored: the products lie in memory, as
-    when gradients are made in the forward. All gradients leave rows out (`keep`); of stored products they are boosted, as for fp16."""
+    learnt_scale: a parameter multiplies the logits. given: an N x C tensor is added to them. weights: folds read class vectors, where they
+    may. stored: the products lie in memory, as when gradients are made in the forward. All gradients leave rows out (`keep`); of stored
+    products they are boosted, as for fp16."""
 
     folds: tuple[Fold, ...]
     picks: int = 0
@@ -79,6 +84,7 @@ class Recipe:
     given: bool = False
     weights: bool = False
     stored: bool = False
+    learnt_scale: bool = False
 
 
 _REST = LogSumExp(exclude_picks=True)  # of the classes that a row did not pick
@@ -101,6 +107,7 @@ RECIPES = {
     "4 picks": Recipe((_REST,), picks=4),
     "3 picks read": Recipe((LogSumExp(),), picks=3),
     "columns": Recipe((LogSumExp(), LogSumExp(axis="columns"))),
+    "contrastive": Recipe((_REST, LogSumExp(exclude_picks=True, axis="columns")), picks=1, learnt_scale=True),
     "two pairs": Recipe((_REST,), picks=1, pairs=2),
     "bias": Recipe((_REST,), picks=1, bias=True),
     "bias smoothing": Recipe((_REST, Total()), picks=1, bias=True),
@@ -129,19 +136,19 @@ RECIPES = {
 
 @dataclass(frozen=True, slots=True)
 class Binary:
-    """What the compiled kernel says of itself (module docstring)."""
+    """What the compiled kernel says of itself (module docstring). What only its disassembly tells is None where that was not asked for."""
 
     registers: int
     stack: int
-    spills: int
     shared: int
     wgmma: int
     tcgen05: int
     mma_sync: int
     tma: int
     cp_async: int
-    instructions: int
-    arithmetic: int  # of them
+    spills: int | None = None
+    instructions: int | None = None
+    arithmetic: int | None = None  # of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +194,8 @@ def compile_recipe(recipe: Recipe, dtype: torch.dtype, features: int, arch: str)
     bias = torch.empty(c, dtype=dtype) if recipe.bias else None
     grid = torch.empty(n, c + 1)[:, :c]  # rows of no whole 16 bytes, which take more registers
     scale = columns if recipe.class_scale else None
-    stream = Stream(pairs, bias=bias, class_scale=scale, given=grid if recipe.given else None, maps=recipe.maps)
+    given, learnt = grid if recipe.given else None, torch.empty((), requires_grad=True) if recipe.learnt_scale else None
+    stream = Stream(pairs, bias=bias, class_scale=scale, given=given, scale_tensor=learnt, maps=recipe.maps)
     picks = torch.empty(n, k, dtype=torch.int32) if k else None
     stored = torch.empty(n, c) if recipe.stored else None
 
@@ -210,8 +218,8 @@ def compile_recipe(recipe: Recipe, dtype: torch.dtype, features: int, arch: str)
         return list(compiled)
 
 
-def inspect(arch: str, dtype: str, names: Sequence[str], features: Sequence[int]) -> list[Row]:
-    """The kernels of these recipes, one row for each binary."""
+def inspect(arch: str, dtype: str, names: Sequence[str], features: Sequence[int], brief: bool = False) -> list[Row]:
+    """The kernels of these recipes, one row for each binary. brief: nothing is disassembled."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
@@ -225,43 +233,41 @@ def inspect(arch: str, dtype: str, names: Sequence[str], features: Sequence[int]
                 found[key] = made
                 if d not in widths.setdefault(key, []):
                     widths[key].append(d)
-    return [_row(arch, dtype, key[0], tuple(widths[key]), made) for key, made in found.items()]
+    return [_row(arch, dtype, key[0], tuple(widths[key]), made, brief) for key, made in found.items()]
 
 
-def _row(arch: str, dtype: str, recipe: str, features: tuple[int, ...], made: Compiled) -> Row:
+def _row(arch: str, dtype: str, recipe: str, features: tuple[int, ...], made: Compiled, brief: bool) -> Row:
     kernel, config = made.kernel.metadata.name, made.config
-    binary = read_binary(made.kernel.asm["cubin"], made.kernel.metadata.shared)
+    binary = read_binary(made.kernel.asm["cubin"], made.kernel.asm["ptx"], made.kernel.metadata.shared, brief)
     tile, per_logit = "", None
     if config is not None and kernel in COPIES:
         tile = f"{config.BM}x{config.BN}x{config.BK}, {config.warps}w {config.stages}s"
         logits = config.BM * config.BN / (32 * config.warps)
         aligned = all(d % 8 == 0 for d in features)
-        if RECIPES[recipe].stored or (dtype != "fp32" and aligned):
+        if binary.arithmetic is not None and (RECIPES[recipe].stored or (dtype != "fp32" and aligned)):
             per_logit = round(binary.arithmetic / logits / COPIES[kernel], 1)
     return Row(arch, dtype, recipe, kernel, features, tile, per_logit, binary)
 
 
 @lru_cache(maxsize=4096)
-def read_binary(cubin: bytes, shared: int) -> Binary:
-    """The figures of a compiled kernel. shared: what the compiler reserved for it."""
+def read_binary(cubin: bytes, ptx: str, shared: int, brief: bool = False) -> Binary:
+    """The figures of a compiled kernel. shared: what the compiler reserved for it. brief: without those of its disassembly."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, text = _tool("cuobjdump", "-res-usage", file.name), _tool("nvdisasm", "-c", "-ndf", file.name)
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+        text = "" if brief else _tool("nvdisasm", "-c", "-ndf", file.name)
     resources = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if resources is None:
         raise RuntimeError(f"expected cuobjdump to name registers and stack, got {usage!r}")
+    units = {name: len(re.findall(pattern, ptx)) for name, pattern in UNITS.items()}
+    found = Binary(registers=int(resources[1]), stack=int(resources[2]), shared=shared, **units)
+    if brief:
+        return found
     count = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)", text, re.MULTILINE))
-    return Binary(
-        registers=int(resources[1]),
-        stack=int(resources[2]),
+    return replace(
+        found,
         spills=count["STL"],
-        shared=shared,
-        wgmma=count["HGMMA"],
-        tcgen05=sum(v for op, v in count.items() if re.fullmatch(r"UTC\w*MMA", op)),
-        mma_sync=count["HMMA"],
-        tma=count["UTMALDG"],
-        cp_async=count["LDGSTS"],
         instructions=sum(count.values()),
         arithmetic=sum(v for op, v in count.items() if op in ARITHMETIC),
     )
@@ -290,10 +296,10 @@ def table(rows: Sequence[Row], title: str) -> Table:
         b = row.binary
         products = next((f"{v} {name}" for v, name in ((b.wgmma, "wgmma"), (b.tcgen05, "tcgen05"), (b.mma_sync, "mma")) if v), "")
         fault = "[bold red]" if b.stack or b.spills else ""
+        unknown = ["" if v is None else str(v) for v in (b.spills, b.instructions, row.per_logit)]
         out.add_row(
             "" if row.recipe == last else row.recipe, fault + row.kernel, " ".join(map(str, row.features)), row.tile,
-            *[str(v) for v in (b.registers, b.stack, b.spills, b.shared)], products,
-            *[str(v or "") for v in (b.tma, b.cp_async)], str(b.instructions), "" if row.per_logit is None else str(row.per_logit),
+            *(str(b.registers), str(b.stack), unknown[0], str(b.shared), products, str(b.tma or ""), str(b.cp_async or "")), *unknown[1:],
         )  # fmt: skip
         last = row.recipe
     return out
@@ -313,6 +319,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--features", nargs="+", type=int, default=list(FEATURES), metavar="D", help=f"default: {' '.join(map(str, FEATURES))}"
     )
     parser.add_argument("--ieee", action="store_true", help="fp32 products by plain fp32 arithmetic, as torch's switch may ask for")
+    parser.add_argument("--brief", action="store_true", help="no disassembly: no count of instructions or of spills, whose stack is named")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return parser.parse_args(arguments)
 
@@ -333,7 +340,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows: list[Row] = []
     for arch in options.arch:
         for dtype in options.dtype:
-            some = inspect(arch, dtype, options.recipe, options.features)
+            some = inspect(arch, dtype, options.recipe, options.features, options.brief)
             rows += some
             if not options.json:
                 from rich.console import Console

@@ -45,8 +45,8 @@ def peak(*args) -> float:
 
 
 def test_the_default_workspace_holds_at_4096_by_256000():
-    """Dense needs over 8 GB here."""
-    assert peak(loss_and_gradients, 4096, 256000, 256, torch.float32, "auto", {}) <= 96
+    """Dense needs over 8 GB here, and a copy of the weight 125 MiB."""
+    assert peak(loss_and_gradients, 4096, 256000, 128, torch.float32, "auto", {}) <= 96
 
 
 @pytest.mark.parametrize("gradients", ["forward", "recompute"])
@@ -89,8 +89,8 @@ def one_vs_all(n: int, c: int, d: int, loss: str, dense: bool):
 
 @pytest.mark.parametrize(("loss", "dense"), [("asymmetric", False), ("asymmetric", True), ("bce", False)])
 def test_one_vs_all_losses_hold_no_matrix_of_logits_or_targets(loss, dense):
-    """timm's asymmetric loss takes about 5 GB here: N=512, C=131072, D=256."""
-    assert peak(one_vs_all, 512, 131072, 256, loss, dense) <= 96
+    """timm's asymmetric loss takes about 2.5 GB here: N=256, C=131072, D=256."""
+    assert peak(one_vs_all, 256, 131072, 256, loss, dense) <= 96
 
 
 def a_step_of_updates(n: int, c: int, d: int, optimizer: str, dtype: torch.dtype):
@@ -113,7 +113,7 @@ def a_step_of_updates(n: int, c: int, d: int, optimizer: str, dtype: torch.dtype
 @pytest.mark.parametrize(("optimizer", "dtype"), [("sgd", torch.float32), ("row adam", torch.bfloat16)])
 def test_updates_in_the_backward_need_no_gradient_of_a_million_classes(optimizer, dtype):
     """Loss, gradients and the five best classes; the gradient alone would be 488 MiB."""
-    assert peak(a_step_of_updates, 256, 1_000_000, 128, optimizer, dtype) <= 128
+    assert peak(a_step_of_updates, 64, 1_000_000, 128, optimizer, dtype) <= 128
 
 
 def no_gradients(n: int, c: int, d: int, dtype: torch.dtype):
@@ -166,8 +166,8 @@ def lazy_step(n: int, c: int, d: int, case: str):
 
 @pytest.mark.parametrize("case", ["plain", "smoothed", "soft cap", "mixup", "log-softmax"])
 def test_a_lazy_step_over_a_hundred_thousand_classes_holds(case):
-    """Dense keeps several times 900 MiB here."""
-    assert peak(lazy_step, 2048, 115217, 256, case) <= 96
+    """Dense keeps several times 225 MiB here, and a copy of the weight has 112."""
+    assert peak(lazy_step, 512, 115217, 256, case) <= 96
 
 
 def contrastive(n: int, d: int, sigmoid: bool):

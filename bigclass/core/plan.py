@@ -478,7 +478,7 @@ def _register_tiles(plan: Plan, device: torch.device, dtype: torch.dtype, featur
     described = stored or features * dtype.itemsize % 16 == 0
 
     def tile(bent: bool) -> str:
-        weight = launch.weight(folds, bent=bent)
+        weight = launch.weight(folds, mapped=bool(maps), bent=bent)
         t = launch.config(architecture, torch.float32 if stored else dtype, weight, described=described, products=not stored)
         return f"{t.BM} rows x {t.BN} classes, {t.warps} warps, {t.stages} stages"
 

@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import torch
@@ -41,7 +42,7 @@ def peak_extra_bytes(prepare: Prepare, *args: object, device: torch.device | str
     if device.type != "cpu" or resident_peak() is None:
         return None
     # An executor, not a bare Process: it raises what the child raised, and does not hang if the child is killed for its memory.
-    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as executor:
+    with ProcessPoolExecutor(max_workers=1, mp_context=_fresh_processes()) as executor:
         return executor.submit(_resident_extra, prepare, args, torch.get_num_threads()).result()
 
 
@@ -56,6 +57,15 @@ def resident_peak() -> int | None:
     except ModuleNotFoundError:  # Windows
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _fresh_processes() -> BaseContext:
+    """Children that have allocated nothing yet. Where there are fork servers one imports this package once for all of them (4 s)."""
+    if "forkserver" not in multiprocessing.get_all_start_methods() or sys.platform == "darwin":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bigclass"])
+    return context
 
 
 def _resident_extra(prepare: Prepare, args: tuple[object, ...], threads: int) -> int:

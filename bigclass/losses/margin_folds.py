@@ -33,6 +33,7 @@ class CurricularLogSumExp(LogSumExp):
     name: ClassVar[str] = "curricular"
     tensor_axes: ClassVar[tuple[str, ...]] = ("kept", "kept")
     overwrites: ClassVar[bool] = False
+    weight: ClassVar[int] = 2
 
     def _bent(self, s: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         r, t = tensors

@@ -60,9 +60,9 @@ class Case:
 
 
 @st.composite
-def cases(draw, dtypes=(torch.float64, torch.float32), most_picks=4) -> Case:
+def cases(draw, dtypes=(torch.float64, torch.float32), most_picks=4, most_classes=700) -> Case:
     dtype = draw(st.sampled_from(dtypes))
-    n, c = draw(st.integers(1, 70)), draw(st.integers(1, 700))
+    n, c = draw(st.integers(1, 70)), draw(st.integers(1, most_classes))
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
 
     def normal(*size, scale=1.0):

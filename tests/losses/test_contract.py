@@ -71,10 +71,10 @@ def test_pooled_over_30_draws_no_output_and_no_gradient_is_less_exact_than_dense
     check_pooled(road, dtype, kind, 96, 700, 48)
 
 
-def check_pooled(road, dtype, kind, n, c, d):
-    """Thirty draws pooled: the contract's 1.1 x dense, without slack."""
+def check_pooled(road, dtype, kind, n, c, d, draws=30):
+    """Draws pooled: the contract's 1.1 x dense, without slack."""
     pooled: dict[str, list[list[torch.Tensor]]] = {name: [[], [], []] for name in NAMES}
-    for seed in range(30):
+    for seed in range(draws):
         x, w, b, y = draw(kind, n, c, d, dtype, seed)
         leaves = (x, w, b)
         mine = with_gradients(ours(x, w, b, y, road), leaves)

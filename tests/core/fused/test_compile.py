@@ -14,6 +14,7 @@ from benchmarks import kernels
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+ROOT = Path(__file__).parents[3]
 KIB = 1 << 10
 SHARED = {"sm_80": 163 * KIB, "sm_90": 227 * KIB, "sm_100": 227 * KIB}  # CUDA C++ Programming Guide, technical specifications
 UNITS = {"sm_80": "mma_sync", "sm_90": "wgmma", "sm_100": "tcgen05"}
@@ -28,61 +29,93 @@ ELSEWHERE = {
 RECIPES: dict[str, tuple[str, ...]] = {
     "bf16": tuple(name for name in kernels.RECIPES if not any(name in names for names in ELSEWHERE.values())),
     "fp16": ("ce", "entropy", *ELSEWHERE["fp16"]),
-    "fp32": ("ce", "bias smoothing", "entropy bias cap", "given", "probabilities weights bias cap", "stored", *ELSEWHERE["fp32"]),
+    "fp32": (
+        *(
+            "ce",
+            "bias smoothing",
+            "entropy bias cap",
+            "given",
+            "probabilities weights bias cap",
+            "stored",
+            "contrastive",
+            "bce",
+            "curricular",
+        ),
+        *ELSEWHERE["fp32"],
+    ),
 }
 WIDTHS = (64, 768, 2304, 4096, 4608)  # of models; a run-time argument, so they share their binaries
-UNALIGNED = (70,)
+UNALIGNED = (70,)  # descriptors cannot address the rows
+PLAIN = "--ieee"  # fp32 products by plain arithmetic
+AWKWARD = ("entropy", "two pairs", "given", "probabilities weights bias cap", "bce", "4 centres")
+PLAINLY = ("ce", "columns", "entropy bias cap")
 
-every_arch = pytest.mark.parametrize("arch", SHARED)
+# (dtype, features, recipes, options)
+Group = tuple[str, tuple[int, ...], tuple[str, ...], tuple[str, ...]]
+GROUPS: list[Group] = [
+    *[(dtype, WIDTHS, recipes, ()) for dtype, recipes in RECIPES.items()],
+    *[(dtype, UNALIGNED, AWKWARD, ()) for dtype in ("bf16", "fp32")],
+    *[("fp32", features, PLAINLY, (PLAIN,)) for features in ((4096,), UNALIGNED)],  # last: it sets torch's switch
+]
+COMPILE = "import json, sys; from benchmarks.kernels import main; [main(arguments) for arguments in json.loads(sys.argv[1])]"
 
 
-def built(arch: str, dtype: str, features: tuple[int, ...], recipes: tuple[str, ...], *options: str) -> list[dict]:
-    """The binaries, made in a process of their own: this one has Triton's interpreter."""
-    command = [sys.executable, "-m", "benchmarks.kernels", "--arch", arch, "--dtype", dtype, "--features", *map(str, features), "--json"]
+def built(arch: str) -> list[tuple[Group, list[dict]]]:
+    """The binaries of each group, all made in one process of their own: this one has Triton's interpreter."""
+    commands = [
+        ["--arch", arch, "--dtype", dtype, "--features", *map(str, features), "--recipe", *recipes, *options, "--brief", "--json"]
+        for dtype, features, recipes, options in GROUPS
+    ]
     run = subprocess.run(
-        [*command, *options, "--recipe", *recipes],
-        cwd=Path(__file__).parents[3],
+        [sys.executable, "-c", COMPILE, json.dumps(commands)],
+        cwd=ROOT,
         env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
         capture_output=True,
         text=True,
     )
-    assert run.returncode in (0, 1), run.stderr  # 1: something spills, which is for the tests to say
-    rows = json.loads(run.stdout.splitlines()[-1])["kernels"]
-    assert {row["kernel"] for row in rows} == {"fold", "merge", "gradient", "read_picks", "add_picks"}
-    assert {row["arch"] for row in rows} == {arch} and all(row["binary"]["instructions"] for row in rows)
-    assert all(row["features"] == list(features) for row in rows)
-    return rows
+    assert run.returncode == 0, run.stderr
+    made = [json.loads(line)["kernels"] for line in run.stdout.splitlines() if line.startswith('{"triton"')]
+    for (dtype, features, recipes, _), rows in zip(GROUPS, made, strict=True):
+        assert {row["kernel"] for row in rows} == {"fold", "merge", "gradient", "read_picks", "add_picks"}
+        assert {row["recipe"] for row in rows} == set(recipes)
+        assert {(row["arch"], row["dtype"]) for row in rows} == {(arch, dtype)} and all(row["binary"]["registers"] for row in rows)
+        assert all(row["features"] == list(features) for row in rows)
+    return list(zip(GROUPS, made, strict=True))
 
 
-def named(row: dict) -> str:
-    return f"{row['recipe']}: {row['kernel']} {row['tile']}"
+@pytest.mark.parametrize("arch", SHARED)
+def test_nothing_spills_and_tiles_use_the_units_of_their_architecture(arch):
+    """No stack, no more shared memory than there is; matrix units for all products but those of plain fp32 arithmetic."""
+    spilt, too_large, without, wrongly = {}, {}, [], []
+    for (dtype, features, _, options), rows in built(arch):
+        for row in rows:
+            name = f"{dtype} {features} {' '.join(options)} {row['recipe']}: {row['kernel']} {row['tile']}"
+            binary = row["binary"]
+            if binary["stack"]:
+                spilt[name] = binary
+            if binary["shared"] > SHARED[arch]:
+                too_large[name] = binary
+            tile = row["kernel"] in ("fold", "gradient") and not row["recipe"].startswith("stored")
+            if PLAIN in options:
+                wrongly += [name for unit in UNITS.values() if binary[unit]]
+            elif tile and features == WIDTHS:
+                without += [(name, unit) for unit in (UNITS[arch], LOADS[arch]) if not binary[unit]]
+    assert (spilt, too_large, without, wrongly) == ({}, {}, [], [])
 
 
-def check_size(arch: str, rows: list[dict]) -> None:
-    """Zero stack, zero spills, no more shared memory than there is."""
-    assert {named(row): row["binary"] for row in rows if row["binary"]["stack"] or row["binary"]["spills"]} == {}
-    assert {named(row): row["binary"]["shared"] for row in rows if row["binary"]["shared"] > SHARED[arch]} == {}
-
-
-@every_arch
-@pytest.mark.parametrize("dtype", RECIPES)
-def test_nothing_spills_and_tiles_use_the_units_of_their_architecture(arch, dtype):
-    rows = built(arch, dtype, WIDTHS, RECIPES[dtype])
-    check_size(arch, rows)
-    tiles = [row for row in rows if row["kernel"] in ("fold", "gradient") and not row["recipe"].startswith("stored")]
-    for unit in (UNITS[arch], LOADS[arch]):
-        assert [named(row) for row in tiles if not row["binary"][unit]] == []
-
-
-@every_arch
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_nothing_spills_where_descriptors_cannot_address_the_rows(arch, dtype):
-    check_size(arch, built(arch, dtype, UNALIGNED, ("entropy", "two pairs", "given", "probabilities weights bias cap")))
-
-
-@every_arch
-def test_nothing_spills_where_fp32_products_are_plain_arithmetic(arch):
-    rows = [row for d in (4096, *UNALIGNED) for row in built(arch, "fp32", (d,), ("ce", "columns", "entropy bias cap"), "--ieee")]
-    check_size(arch, rows)
-    units = {named(row) for row in rows if any(row["binary"][unit] for unit in UNITS.values())}
-    assert units == set()
+def test_what_spills_is_told_and_the_stack_tells_it_too():
+    """The tests above look at the stack alone, which needs no disassembly: a tile that is too large has both."""
+    code = (
+        "import sys; from benchmarks import kernels; from bigclass.core.engines.fused import launch; "
+        "launch.IEEE = launch.Config(64, 64, 16, 8, 2, False, registers=64); sys.exit(kernels.main(sys.argv[1:]))"
+    )
+    command = ["--arch", "sm_90", "--dtype", "fp32", "--features", "4096", "--recipe", "ce", PLAIN, "--json"]
+    run = subprocess.run(
+        [sys.executable, "-c", code, *command],
+        cwd=ROOT,
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+        capture_output=True,
+        text=True,
+    )
+    rows = {row["kernel"]: row["binary"] for row in json.loads(run.stdout.splitlines()[-1])["kernels"]}
+    assert run.returncode == 1 and rows["fold"]["stack"] and rows["fold"]["spills"] and all(row["instructions"] for row in rows.values())

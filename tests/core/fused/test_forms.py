@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
 
 import bigclass
 import bigclass.losses.folds
@@ -127,23 +125,26 @@ def test_every_fold_and_map_of_the_library_has_a_triton_form_but_those_that_are_
 
 
 OF_LOSSES = {cls.name for loss in LOSSES.values() for cls in (*loss.negatives, *loss.floor, *loss.dense)}
+# rows, classes, spread of the logits, are picks left out: on and off the ends of tiles, several tiles and merges, a row with no class left.
+# Bounds grow with the logits: small ones show an error of 1e-4 in a term. One fold of a loss is as another but for its terms.
+DRAWS = [(37, 70, 0.5, True), (66, 130, 40.0, False), (5, 150, 3.0, True), (1, 1, 3.0, True)]
 CASES = [
-    (name, tensors, axis)
+    (name, tensors, axis, *drawn)
     for name in WITH_FORMS
     for tensors in ("all tensors", "fewest tensors")
     for axis in ("rows", "columns")
+    for drawn in DRAWS[: 2 if name in OF_LOSSES else None]
     # class vectors are left out where that is possible; sums differ in nothing but their terms, so one of them stands for all on columns
     if (tensors == "all tensors" or name in ("total", "dot")) and (axis == "rows" or name not in OF_LOSSES or name == "bce_dense_weighted")
 ]
 
 
-@pytest.mark.parametrize(("name", "tensors", "axis"), CASES, ids=[" ".join(case) for case in CASES])
-@settings(max_examples=6, phases=[Phase.generate])
-@given(
-    n=st.integers(1, 80), c=st.integers(1, 150), spread=st.sampled_from([0.1, 3.0, 40.0]), exclude=st.booleans(), seed=st.integers(0, 999)
+@pytest.mark.parametrize(
+    ("name", "tensors", "axis", "n", "c", "spread", "exclude"), CASES, ids=[" ".join(map(str, case[:5])) for case in CASES]
 )
-def test_a_fold_and_its_gradient_are_those_of_the_torch_form(name, tensors, axis, n, c, spread, exclude, seed):
+def test_a_fold_and_its_gradient_are_those_of_the_torch_form(name, tensors, axis, n, c, spread, exclude):
     """State after many tiles and merges, and the gradient of a random upstream, both from the same logits."""
+    seed = 31 * n + len(name)
     torch.manual_seed(seed)
     cls = FOLDS[name]
     group = cls(NUMBERS.get(name, ())).group
@@ -175,7 +176,7 @@ def test_a_fold_and_its_gradient_are_those_of_the_torch_form(name, tensors, axis
 @pytest.mark.parametrize("name", MAPS_WITH_FORMS)
 def test_a_map_and_its_gradient_are_those_of_the_torch_form(name):
     torch.manual_seed(0)
-    z = torch.cat((torch.randn(4000) * 5, torch.randn(4000) * 1e-3, torch.tensor([0.0, -0.0, 1e30, -1e30])))
+    z = torch.cat((torch.randn(900) * 5, torch.randn(900) * 1e-3, torch.tensor([0.0, -0.0, 1e30, -1e30])))
     m = MAPS[name]((1.7,))
     x, w = z[:, None].clone().requires_grad_(), torch.ones(1, 1)
     ((s,),), _ = reduce_logits(

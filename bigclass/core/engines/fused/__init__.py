@@ -145,7 +145,8 @@ class Problem:
 
     def _config(self, folds: Sequence[Fold], *, searched: bool, bent: bool = False) -> launch.Config:
         """The tile for these folds. searched: must a tile look for its picks, beyond leaving one a row out?"""
-        weight = launch.weight(folds, given=self.stream.given is not None, searched=searched, bent=bent)
+        given, mapped = self.stream.given is not None, bool(self.stream.maps)
+        weight = launch.weight(folds, given=given, searched=searched, mapped=mapped, bent=bent)
         dtype = torch.float32 if self.stored is not None else self.pairs[0][0].dtype
         described = self.stored is not None or launch.describable([t for pair in self.pairs for t in pair])
         return launch.config(launch.architecture(self.stream.device), dtype, weight, described=described, products=self.stored is None)
