@@ -1,7 +1,7 @@
 """open_clip: its losses without their N x N logits, and its training code made to use them.
 
-The classes are subclasses of open_clip's: same constructors, same `forward`, same keys in the `output_dict`, same values. What the dense ones
-make of several ranks differs from mode to mode, and the gradients with it; W ranks, features of N each, L the loss of all W N pairs:
+The classes are subclasses of open_clip's: same constructors, same `forward`, same keys in the `output_dict`, same values. What the dense
+ones make of several ranks differs from mode to mode, and the gradients with it; W ranks of N pairs, L the loss of all W N pairs:
 
     local_loss  gather_with_grad      value            gradient of a rank's features, dense and here
     False       False                 L                dL: averaged over ranks, as data parallelism does, that of the encoders is 1/W of L's
@@ -13,7 +13,7 @@ make of several ranks differs from mode to mode, and the gradients with it; W ra
 The gradient of the scale (and of SigLIP's bias) is the dense one, but for the modes that give gradients of a sum: there every rank gets the
 average over ranks, where the dense form gives each its own part, to be averaged. Losses of half-precision features are fp32.
 
-None of these modes holds more than N features of another rank at a time beyond "gather" (parallel/spread.py), which `exchange` chooses.
+Texts travel as `exchange` says (parallel/spread.py), whatever the mode, but for the biased one and the teacher's part, which gather.
 """
 
 from __future__ import annotations
@@ -131,8 +131,8 @@ class DistillClipLoss(_DistillClipLoss, ClipLoss):
         learns = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in teacher)
         if learns:
             _warn_once(
-                f"{type(self).__name__}: the teacher requires gradients, so open_clip's own loss runs, which writes the logits out; run the "
-                f"teacher under torch.no_grad() to stream it"
+                f"{type(self).__name__}: the teacher requires gradients, so open_clip's own loss runs, which writes the logits out; run "
+                f"the teacher under torch.no_grad() to stream it"
             )
         if self._dense() or learns:
             return super().forward(image_features, text_features, logit_scale, *teacher, output_dict)
@@ -188,7 +188,9 @@ def _ranks(loss: Any) -> Ranks:
     found = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else None
     if found != (loss.rank, loss.world_size):
         there = "torch.distributed is not initialised" if found is None else f"torch.distributed has rank {found[0]} of {found[1]}"
-        raise ArgumentError(f"world_size: expected that of the default process group, got rank {loss.rank} of {loss.world_size}, but {there}")
+        raise ArgumentError(
+            f"world_size: expected that of the default process group, got rank {loss.rank} of {loss.world_size}, but {there}"
+        )
     ranks = Ranks.of(dist.group.WORLD)
     assert ranks is not None
     return ranks

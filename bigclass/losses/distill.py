@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bigclass.core.engines.tiles import product, spans
+from bigclass.core.engines import tiles
 from bigclass.core.guards import autocast_off
 from bigclass.core.plan import DEFAULT_WORKSPACE, settings
 from bigclass.losses.inputs import in_autocast
@@ -40,17 +40,16 @@ class _TeacherCrossEntropy(torch.autograd.Function):
         wide = torch.float64 if torch.float64 in (x.dtype, w.dtype) else torch.float32
         student, teacher = _operands(x, w, wide), _operands(teacher_x, teacher_w, wide)
         with autocast_off(x.device):
-            loss, made = _run(*student, scale, *teacher, teacher_scale, wide, needs)
-        grads = [g.to(t.dtype) for g, t in zip(made, [t for t, need in zip((x, w, scale), needs, strict=True) if need], strict=True)]
-        ctx.save_for_backward(*grads)
-        ctx.needs = needs
+            loss, grads = _run(*student, scale, *teacher, teacher_scale, wide, needs)
+        ctx.save_for_backward(*grads)  # not rounded before the upstream gradient is known
+        ctx.dtypes = [t.dtype if need else None for t, need in zip((x, w, scale), needs, strict=True)]
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *upstream):
         made = iter(ctx.saved_tensors)
-        return *[next(made) * upstream[0] if need else None for need in ctx.needs], None, None, None, None
+        return *[dtype and (next(made) * upstream[0]).to(dtype) for dtype in ctx.dtypes], None, None, None, None
 
 
 def _run(x, w, scale, u, v, teacher_scale, wide: torch.dtype, needs: list[bool]) -> tuple[Tensor, list[Tensor]]:
@@ -58,26 +57,27 @@ def _run(x, w, scale, u, v, teacher_scale, wide: torch.dtype, needs: list[bool])
     (n, c), (need_x, need_w, need_scale) = (x.shape[0], w.shape[0]), needs
     a, b = scale.reshape(()).to(wide), teacher_scale.reshape(()).to(wide)
     exact = torch.float32 if x.device.type == "mps" else torch.float64
+    boost = 1024.0 if w.dtype == torch.float16 else 1.0  # probabilities of many classes underflow in fp16
     rows = chunk_rows(n, c, wide, x.device)
     space = [x.new_empty((rows, c), dtype=wide) for _ in range(3)]
     loss = x.new_zeros((), dtype=exact)
     dx = x.new_empty(x.shape, dtype=wide) if need_x or need_scale else None
     dw = x.new_zeros(w.shape, dtype=wide) if need_w else None
-    for r in spans(n, rows):
+    for r in tiles.spans(n, rows):
         p, s, both = (t[: r.size] for t in space)
-        _relative(product(u[r.start : r.stop], v.t(), p).mul_(b)).exp_()
+        _relative(tiles.product(u[r.start : r.stop], v.t(), p).mul_(b)).exp_()
         p.div_(p.sum(1, keepdim=True))
-        _relative(product(x[r.start : r.stop], w.t(), s).mul_(a))
+        _relative(tiles.product(x[r.start : r.stop], w.t(), s).mul_(a))
         picked = torch.mul(p, s, out=both).sum(1)
         mass = s.exp_().sum(1, keepdim=True)
         loss += (mass.log().squeeze(1) - picked).sum(dtype=exact)
         if not any(needs):
             continue
-        g = s.div_(mass).sub_(p).to(w.dtype)
+        g = s.div_(mass).sub_(p).mul_(boost).to(w.dtype)
         if dx is not None:
-            product(g, w, dx[r.start : r.stop])
+            tiles.product(g, w, dx[r.start : r.stop], alpha=1 / boost)
         if dw is not None:
-            product(g.t(), x[r.start : r.stop], dw, beta=1.0)
+            tiles.product(g.t(), x[r.start : r.stop], dw, beta=1.0, alpha=1 / boost)
     grads = []
     if need_x and dx is not None:
         grads.append(dx * a)
@@ -89,12 +89,11 @@ def _run(x, w, scale, u, v, teacher_scale, wide: torch.dtype, needs: list[bool])
 
 
 def _operands(x: Tensor, w: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Operands of products that are summed and stored in `wide`: rounded as autocast asks, widened where the library has no such product."""
-    if in_autocast(x.device.type) and wide == torch.float32:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, w = x.to(dtype), w.to(dtype)
-    narrow = x.device.type == "cuda" and x.dtype == w.dtype and x.dtype.itemsize == 2
-    return (x, w) if narrow else (x.to(wide), w.to(wide))
+    """Operands of products that are summed and stored in `wide`, as the tiled engine takes them."""
+    if wide == torch.float64 or x.device.type not in tiles.WIDE_OUTPUT:
+        return x.to(wide), w.to(wide)
+    dtype = torch.get_autocast_dtype(x.device.type) if in_autocast(x.device.type) else torch.promote_types(x.dtype, w.dtype)
+    return x.to(dtype), w.to(dtype)
 
 
 def _relative(s: Tensor) -> Tensor:
