@@ -168,3 +168,28 @@ def lazy_step(n: int, c: int, d: int, case: str):
 def test_a_lazy_step_over_a_hundred_thousand_classes_holds(case):
     """Dense keeps several times 900 MiB here."""
     assert peak(lazy_step, 2048, 115217, 256, case) <= 96
+
+
+def contrastive(n: int, d: int, sigmoid: bool):
+    """A contrastive loss and all its gradients, warmed up on a small batch."""
+
+    def make(n: int):
+        image, text = (torch.nn.functional.normalize(torch.randn(n, d)).requires_grad_() for _ in range(2))
+        return image, text, torch.tensor(14.3, requires_grad=True), torch.tensor(-10.0, requires_grad=True)
+
+    def run(image, text, scale, bias):
+        loss = bigclass.sigmoid_contrastive_loss if sigmoid else bigclass.contrastive_loss
+        loss(image, text, scale, logit_bias=bias, engine="tiled").backward()
+        return image.grad, text.grad
+
+    for _ in range(2):
+        run(*make(700))
+    problem = make(n)
+    return lambda: run(*problem)
+
+
+@pytest.mark.parametrize("sigmoid", [False, True], ids=["softmax", "sigmoid"])
+@pytest.mark.parametrize(("n", "d", "limit"), [(4096, 512, 64), (16384, 32, 128)])
+def test_contrastive_losses_store_no_matrix_of_logits(sigmoid, n, d, limit):
+    """One matrix of 16384 x 16384 is 1 GiB, and the dense forms make four or five."""
+    assert peak(contrastive, n, d, sigmoid) <= limit

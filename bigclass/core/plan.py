@@ -246,7 +246,7 @@ def tile_buffers(lone: bool, scalar: bool, maps: int) -> int:
 def make_plan(work: Work, engine: str = "auto", options: Settings | None = None) -> Plan:
     """The whole plan for a problem. Engines call it inside the op, `explain` outside: the same function, the same answer."""
     options = options or settings()
-    n, c = max(work.n, 1), work.c
+    n, c = max(work.n, 1), max(work.c, 1)
     name = choose_engine(work, engine)
     gradients = choose_gradients(work, options)
     why = []
@@ -314,7 +314,7 @@ def make_plan(work: Work, engine: str = "auto", options: Settings | None = None)
 
 def _slab_plan(work: Work, gradients: str, options: Settings, why: list[str]) -> Plan:
     """Slabs of classes of the tiled engine for sums over classes, where gradients come with each tile."""
-    n, c = max(work.n, 1), work.c
+    n, c = max(work.n, 1), max(work.c, 1)
     copies = 3  # fp32 copies of a slab of half-precision weights: for the products, the sum of dw, and what a callback is given
     budget = _workspace(work, options) // (2 * SLAB_BUFFERS * work.item)
     elements = max(min(work.of(SLAB_TILE), budget), 1)
@@ -336,7 +336,7 @@ def _slab_plan(work: Work, gradients: str, options: Settings, why: list[str]) ->
 
 def _fused_plan(work: Work, gradients: str, options: Settings, why: list[str]) -> Plan:
     """Chunks of rows ("forward") or slabs of classes ("recompute") of the fused engine. Its register tiles: engines/fused/launch.py."""
-    n, c, d, item = max(work.n, 1), work.c, work.d, 2 if work.narrow else 4
+    n, c, d, item = max(work.n, 1), max(work.c, 1), work.d, 2 if work.narrow else 4
     budget = _workspace(work, options)
     # bytes for each row: x masked or cast, and the fp32 sum of dx; for each class: w cast, and ("recompute") the fp32 sum of dw
     of_row = d * item * (work.masked or work.cast) + d * 4 * (work.half and work.grad)

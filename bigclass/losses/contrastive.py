@@ -270,6 +270,11 @@ def _gap(rest: State, at: Tensor) -> Tensor:
     return -F.logsigmoid((at - rest[0]) - log_sum(rest))
 
 
+def _spread(top: Tensor, total: Tensor, count: Tensor) -> Tensor:
+    """The log-sum-exp of positives less their mean. Of one it is 0, and so is its gradient: 1 - 1 would round what stands beside it."""
+    return torch.where(count > 1, top - total / count.clamp_min(1), 0.0)
+
+
 @register_row_loss("info_nce")
 def info_nce_row_loss(folds, picked, args, numbers):
     """args: (N,) factor, (N, K) which positives there are. picked: (N, K + Q)."""
@@ -280,7 +285,7 @@ def info_nce_row_loss(folds, picked, args, numbers):
     count = there.sum(1)
     inside = torch.where(there > 0, p, torch.finfo(p.dtype).min)
     top = inside.logsumexp(1)
-    loss = _gap(folds[0], top) + (top - (p * there).sum(1) / count.clamp_min(1))
+    loss = _gap(folds[0], top) + _spread(top, (p * there).sum(1), count)
     return torch.where(count > 0, factor * loss, 0.0)
 
 
@@ -339,7 +344,7 @@ def _columns(batch: Batch, rest: State, p: Tensor) -> tuple[Tensor, Tensor]:
         total, count = sum_over(total, ranks), sum_over(count, ranks)
     has = count > 0
     top = torch.where(has, log_sum_exp(state), 0.0)
-    loss = _gap(rest, top) + (top - total / count.clamp_min(1))
+    loss = _gap(rest, top) + _spread(top, total, count)
     return torch.where(has, loss, 0.0), has.sum()
 
 

@@ -21,12 +21,18 @@ from bigclass.core.stream import Stream
 def logits(stream: Stream, keep: Tensor | None = None) -> Tensor:
     """s (N, C) in the accumulation dtype. Rows outside `keep` get features of 0, so that what they held cannot spread."""
     dtype = stream.accumulate_dtype
+    factor = None if stream.scale == 1.0 and stream.scale_tensor is None else stream.scale
+    if stream.scale_tensor is not None:
+        factor = stream.scale_tensor.to(dtype).reshape(()) * stream.scale
+    # where nothing is added before the scale it is applied to the features: one rounding of each logit less, and N x D products
+    early = stream.class_scale is None and stream.given is None and (stream.bias is None or stream.bias_last)
     s: Tensor | None = None
     for x, w in stream.pairs:
         if keep is not None:
             x = x.masked_fill(~keep.unsqueeze(-1), 0.0)
-        w = w.to(dtype)
-        part = torch.mm(x.to(dtype), (F.normalize(w, eps=EPSILON) if stream.normalized else w).t())
+        x, w = x.to(dtype), w.to(dtype)
+        x = x * factor if early and factor is not None else x
+        part = torch.mm(x, (F.normalize(w, eps=EPSILON) if stream.normalized else w).t())
         s = part if s is None else s + part
     if stream.class_scale is not None and s is not None and not stream.normalized:
         s = s * stream.class_scale.to(dtype)
@@ -38,10 +44,8 @@ def logits(stream: Stream, keep: Tensor | None = None) -> Tensor:
     assert s is not None
     if stream.bias is not None and not stream.bias_last:
         s = s + stream.bias.to(dtype)
-    if stream.scale != 1.0:
-        s = s * stream.scale
-    if stream.scale_tensor is not None:
-        s = s * stream.scale_tensor.to(dtype).reshape(())
+    if factor is not None and not early:
+        s = s * factor
     if stream.bias is not None and stream.bias_last:
         s = s + stream.bias.to(dtype)
     for m in stream.maps:
@@ -67,6 +71,9 @@ def reduce(stream: Stream, picks: Tensor | None, keep: Tensor | None, folds: Seq
     for f in folds:
         rows = f.axis == "rows"
         tile = Tile(s if rows else s.t(), mask=mask if mask is None or rows else mask.t())
+        if tile.s.shape[1] == 0:  # nothing to fold
+            states.append(f.identity(tile.s.shape[0], s))
+            continue
         states.append(f.lift(tile, [_broadcast(t.to(s.dtype), axis, rows) for t, axis in zip(f.tensors, f.tensor_axes, strict=False)]))
     return states, picked
 
