@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any, TypeVar
 
 from torch import nn
@@ -60,3 +61,9 @@ def _adapter(model: nn.Module) -> Any:
     raise ArgumentTypeError(
         f"model: {type(model).__module__}.{type(model).__qualname__} is no timm model; use bigclass.CCEHead.adopt(linear) on its classifier"
     )
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("open_clip", "timm"):
+        return importlib.import_module(f"bigclass.integrations.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

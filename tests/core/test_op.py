@@ -363,7 +363,7 @@ def test_both_plans_hand_a_row_loss_the_same_numbers():
 
 def test_fp16_gradients_made_in_the_forward_do_not_underflow_before_the_loss_scale_arrives(monkeypatch):
     """Pitfalls 5 and 45, on the road of devices that multiply fp16 operands into fp32 (emulated: operands widened in the product)."""
-    monkeypatch.setattr(tiles, "_WIDE_OUTPUT", ("cpu",))
+    monkeypatch.setattr(tiles, "WIDE_OUTPUT", ("cpu",))
     plain = tiles.product
 
     def widened(a, b, out, **options):

@@ -14,7 +14,7 @@ from bigclass.core.stream import Stream
 
 # Libraries that multiply 16-bit operands into fp32 outputs. Elsewhere tiles are widened to fp32 first:
 # a 16-bit output would round every logit.
-_WIDE_OUTPUT = ("cuda",)
+WIDE_OUTPUT = ("cuda",)
 
 
 # Where the picks of a tile's rows lie in it: (flat positions, inside), both (r, K); None without picks.
@@ -145,7 +145,7 @@ class TileMaker:
         self.pool = Pool(stream.tensors[0], self.dtype)
         self.picks = None if picks is None else picks.long()
         self._row_numbers = torch.arange(0 if picks is None else rows.count, device=stream.device).unsqueeze(-1)
-        wide = stream.device.type in _WIDE_OUTPUT
+        wide = stream.device.type in WIDE_OUTPUT
         self.operand_dtypes = [self._operand_dtype(x, w) if wide else self.dtype for x, w in stream.pairs]
         # On a CPU a learnable scale is read once and rides along in the products; elsewhere that would be a host sync.
         self.alpha, self.alpha_tensor = stream.scale, None

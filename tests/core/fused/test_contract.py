@@ -224,7 +224,7 @@ def test_nothing_of_an_ignored_row_reaches_any_gradient(gradients):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_the_road_of_devices_that_multiply_half_types_into_fp32(road, dtype, monkeypatch):
     """Operands stay 16 bits wide up to the products, fp16 gradients are boosted (emulated: products widen them)."""
-    monkeypatch.setattr(tiles, "_WIDE_OUTPUT", ("cpu",))
+    monkeypatch.setattr(tiles, "WIDE_OUTPUT", ("cpu",))
     plain = tiles._product
     monkeypatch.setattr(tiles, "_product", lambda a, b, out, beta, alpha: plain(a.to(out.dtype), b.to(out.dtype), out, beta, alpha))
     x, w, b, y = draw("peaked", 300, 200, 24, dtype, 6)
