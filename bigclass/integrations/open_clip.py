@@ -79,7 +79,7 @@ class ClipLoss(_ClipLoss):
             return contrastive_loss(images, texts, scale, logit_bias=bias, engine=self.engine)
         if self._constant_others():
             ranks = _ranks(self)
-            sizes = _same_sizes(images.shape[0], ranks, images.device)
+            sizes = _same_sizes(images, ranks)
             positives = torch.arange(images.shape[0], device=images.device) + images.shape[0] * ranks.rank
 
             def one_way(x: Tensor, w: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ class DistillClipLoss(_DistillClipLoss, ClipLoss):
         ranks = None if self.world_size == 1 else _ranks(self)
         total = n
         if ranks is not None:
-            sizes = batch_sizes(n, ranks, device) if not self.local_loss else _same_sizes(n, ranks, device)
+            sizes = batch_sizes(images, ranks) if not self.local_loss else _same_sizes(images, ranks)
             total = n if self.local_loss else sum(sizes)
             if self._constant_others():
                 every = [gather_rows(t.detach(), sizes, ranks) for t in every]
@@ -204,8 +204,8 @@ def _batch(loss: Any, images: Tensor, texts: Tensor, scale: Any, bias: Any, loca
     return batch
 
 
-def _same_sizes(n: int, ranks: Ranks, device: torch.device) -> list[int]:
-    sizes = batch_sizes(n, ranks, device)
+def _same_sizes(t: Tensor, ranks: Ranks) -> list[int]:
+    sizes = batch_sizes(t, ranks)
     _check_same(sizes)
     return sizes
 
