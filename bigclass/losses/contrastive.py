@@ -31,8 +31,9 @@ from torch import Tensor
 
 from bigclass.core.errors import ArgumentError, ArgumentTypeError
 from bigclass.core.folds import Fold, LogSumExp, State, log_sum, log_sum_exp
-from bigclass.core.op import assert_picks, reduce_logits, spread_engine, stream_loss
+from bigclass.core.op import reduce_logits, spread_engine, stream_loss
 from bigclass.core.plan import settings
+from bigclass.core.problem import assert_picks
 from bigclass.core.row_losses import ROW_LOSSES, register_row_loss
 from bigclass.core.stream import Stream
 from bigclass.losses.inputs import INDEX_DTYPES, check_scale, check_tensor, in_autocast

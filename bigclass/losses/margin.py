@@ -25,11 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bigclass.core.custom_ops import checked_in_graph
 from bigclass.core.errors import ArgumentError, ArgumentTypeError
 from bigclass.core.folds import Fold, LogSumExp, log_sum
 from bigclass.core.guards import autocast_off
 from bigclass.core.norms import EPSILON, inverse_norms
-from bigclass.core.op import checked_in_graph, observed_loss, reduce_logits
+from bigclass.core.op import observed_loss, reduce_logits
 from bigclass.core.row_losses import ROW_LOSSES, register_row_loss
 from bigclass.core.stream import Stream
 from bigclass.core.updates import SlabUpdate

@@ -25,7 +25,8 @@ from torch import Tensor
 from bigclass.core.errors import ArgumentError
 from bigclass.core.folds import Fold, State
 from bigclass.core.guards import refuse_create_graph, refuse_transforms
-from bigclass.core.op import assert_picks, fold_gradients, fold_states
+from bigclass.core.op import fold_gradients, fold_states
+from bigclass.core.problem import assert_picks
 from bigclass.core.recipe import pack, unpack
 from bigclass.core.stream import Stream
 from bigclass.parallel.collectives import padded, scatter_sum, shift, start_gather, unpadded, wait

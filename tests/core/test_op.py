@@ -274,19 +274,20 @@ def small_stream(dtype=torch.float32):
 
 @pytest.mark.parametrize("keep", [None, torch.arange(9) % 3 > 0])
 def test_the_custom_ops_pass_opcheck(keep):
-    from bigclass.core import op
+    from bigclass.core import custom_ops
     from bigclass.core.recipe import pack
 
     stream = small_stream()
     picks = torch.randint(0, 80, (9, 1))
     recipe, numbers, tensors = pack(stream, (LogSumExp(exclude_picks=True), ShiftedMoment()))
     needs = [True] * len(tensors)
-    torch.library.opcheck(op._reduce, (tensors, picks, keep, recipe, numbers, f"tiled,recompute,{1 << 20}", needs))
+    torch.library.opcheck(custom_ops.fold_op, (tensors, picks, keep, recipe, numbers, f"tiled,recompute,{1 << 20}", needs))
     recipe, numbers, tensors = pack(stream, (LogSumExp(exclude_picks=True),))
     args = [torch.rand(9, dtype=torch.float64)]
     plan = f"tiled,forward,{1 << 20},0"
     torch.library.opcheck(
-        op._stream_loss, (tensors, picks, keep, args, recipe, numbers, "cross_entropy", [0.0, 0.0, 0.0, 0.0, 0.0], plan, [*needs, False]),
+        custom_ops.loss_op,
+        (tensors, picks, keep, args, recipe, numbers, "cross_entropy", [0.0, 0.0, 0.0, 0.0, 0.0], plan, [*needs, False]),
         # the backward consumes the forward's gradients in place, which the comparison of traced with eager runs allows
     )  # fmt: skip
 

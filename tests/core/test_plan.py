@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bigclass
-from bigclass.core import ShiftedMoment, op
+from bigclass.core import ShiftedMoment, problem
 from bigclass.core.engines.support import TRITON_IS_THERE
 from bigclass.core.plan import MIB, Settings, Work, make_plan
 from bigclass.core.topk import TopK
@@ -125,8 +125,8 @@ def test_the_fused_engine_says_why_it_cannot_run(monkeypatch):
 @pytest.mark.parametrize("centres", [None, 1, 3])
 @pytest.mark.parametrize(("n", "reduction"), [(40, "mean"), (400, "mean"), (400, "none")])
 def test_cross_entropy_and_margin_losses_run_as_explained(n, reduction, centres, dtype, workspace, monkeypatch):
-    plans, make = [], op.make_plan
-    monkeypatch.setattr(op, "make_plan", lambda *given: plans.append(make(*given)) or plans[-1])
+    plans, make = [], problem.make_plan
+    monkeypatch.setattr(problem, "make_plan", lambda *given: plans.append(make(*given)) or plans[-1])
     rows = 6000 * (centres or 1)
     x, w, y = torch.randn(n, 8, dtype=dtype), torch.randn(rows, 8, dtype=dtype, requires_grad=True), torch.randint(6000, (n,))
     with bigclass.planning(workspace=workspace):

@@ -1,0 +1,240 @@
+"""The custom ops behind the one op (op.py), which torch.compile keeps whole: forward, backward, fake kernels.
+
+A stream and its folds cross as a string of registered names, numbers and tensors (recipe.py); the plan crosses as a string too:
+
+    fold_op     "engine,gradients,workspace"              states of the folds and picked logits; tiles are made again in the backward
+    loss_op     "engine,gradients,workspace,observed"     the loss, states of the observed folds, and the gradients of what needs them
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from bigclass.core.engines import streaming_engine
+from bigclass.core.folds import Fold, State
+from bigclass.core.guards import autocast_off, autograd_inside_op, refuse_create_graph
+from bigclass.core.problem import assert_picks, is_affine, parted, plan_of, squeezed, summed, work_of
+from bigclass.core.recipe import unpack
+from bigclass.core.row_losses import ROW_LOSSES
+from bigclass.core.stream import Stream
+
+
+@torch.library.custom_op("bigclass::reduce_logits", mutates_args=())
+def fold_op(
+    tensors: list[Tensor], picks: Tensor | None, keep: Tensor | None, recipe: str, numbers: list[float], plan: str, needs: list[bool]
+) -> list[Tensor]:
+    stream, folds = unpack(recipe, numbers, tensors)
+    assert_picks(picks, stream.shape[1])
+    with autocast_off(stream.device):
+        chosen = plan_of(plan, work_of(stream, folds, keep, scalar=False, grad=False))
+        states, picked = streaming_engine(chosen.engine).reduce(stream, picks, keep, folds, chosen)
+    return [t for state in states for t in state] + ([] if picked is None else [picked])
+
+
+@fold_op.register_fake
+def _(tensors, picks, keep, recipe, numbers, plan, needs):
+    stream, folds = unpack(recipe, numbers, tensors)
+    return _fake_outputs(stream, folds, picks)
+
+
+def _fake_outputs(stream: Stream, folds: Sequence[Fold], picks: Tensor | None) -> list[Tensor]:
+    (n, c), like = stream.shape, stream.tensors[0].new_empty((), dtype=stream.accumulate_dtype)
+    states = [t for f in folds for t in f.identity(n if f.axis == "rows" else c, like)]
+    return states + ([] if picks is None else [like.new_empty((n, picks.shape[1]))])
+
+
+@torch.library.custom_op("bigclass::reduce_logits_backward", mutates_args=())
+def fold_backward_op(
+    tensors: list[Tensor], picks: Tensor | None, keep: Tensor | None, states: list[Tensor], grads: list[Tensor],
+    has_grad: list[bool], recipe: str, numbers: list[float], plan: str, needs: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    stream, folds = unpack(recipe, numbers, tensors)
+    given, state = iter(grads), iter(states)
+    upstream = [next(given) if there else None for there in has_grad]
+    parts, at, folded = [], 0, []
+    for f in folds:
+        width = len(f.differentiable)
+        parts.append(upstream[at : at + width])
+        folded.append(tuple([next(state) for _ in range(width)]))
+        at += width
+    h = upstream[at] if picks is not None else None
+    with autocast_off(stream.device):
+        chosen = plan_of(plan, work_of(stream, folds, keep, scalar=False, grad=True))
+        return streaming_engine(chosen.engine).reduce_backward(stream, picks, keep, folds, chosen, folded, parts, h, needs)
+
+
+@fold_backward_op.register_fake
+def _(tensors, picks, keep, states, grads, has_grad, recipe, numbers, plan, needs):
+    return [_fake_gradient(t) for t, need in zip(tensors, needs, strict=True) if need]
+
+
+def _fake_gradient(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return t.new_empty(t.shape, dtype=dtype)
+
+
+def _reduce_context(ctx, inputs, output):
+    tensors, picks, keep, recipe, numbers, plan, needs = inputs
+    _, folds = unpack(recipe, numbers, tensors)
+    flags = [d for f in folds for d in f.differentiable]
+    ctx.mark_non_differentiable(*[t for t, d in zip(output, flags, strict=False) if not d])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *[t for t in (picks, keep) if t is not None], *output[: len(flags)])
+    ctx.sizes = len(tensors), picks is not None, keep is not None
+    ctx.constants = recipe, numbers, plan, needs
+
+
+def _reduce_gradients(ctx, grads):
+    refuse_create_graph()
+    saved = ctx.saved_tensors
+    count, has_picks, has_keep = ctx.sizes
+    recipe, numbers, plan, needs = ctx.constants
+    rest = list(saved[count:])
+    picks = rest.pop(0) if has_picks else None
+    keep = rest.pop(0) if has_keep else None
+    has_grad = [g is not None for g in grads]
+    tensors = list(saved[:count])
+    if not any(has_grad) or not any(needs):
+        return [None] * count, None, None, None, None, None, None
+    made = fold_backward_op(tensors, picks, keep, rest, [g for g in grads if g is not None], has_grad, recipe, numbers, plan, needs)
+    return _spread([_as(g, t) for g, t in zip(made, _needed(tensors, needs), strict=True)], needs), None, None, None, None, None, None
+
+
+fold_op.register_autograd(_reduce_gradients, setup_context=_reduce_context)
+
+
+@torch.library.custom_op("bigclass::stream_loss", mutates_args=())
+def loss_op(
+    tensors: list[Tensor], picks: Tensor | None, keep: Tensor | None, args: list[Tensor], recipe: str, numbers: list[float],
+    row_loss: str, row_numbers: list[float], plan: str, needs: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    stream, every = unpack(recipe, numbers, tensors)
+    folds, observed = parted(every, plan)
+    assert_picks(picks, stream.shape[1])
+    arg_needs = needs[len(tensors) :]
+    row_numbers = row_numbers[:-1]  # the caller's; the last only keeps the list from being empty, which autograd takes for tensors
+
+    def evaluate(states: list[State], picked: Tensor | None, chunk: list[Tensor], mask: Tensor | None):
+        return row_loss_gradients(row_loss, row_numbers, folds, states, picked, chunk, arg_needs, mask)
+
+    with autocast_off(stream.device):
+        work = work_of(stream, every, keep, scalar=True, grad=any(needs))
+        chosen = plan_of(plan, replace(work, affine=is_affine(row_loss, picks, folds, ()) and not any(arg_needs)))
+        module = streaming_engine(chosen.engine)
+        seen: list[State] = []
+        if not any(needs):
+            states, picked = module.reduce(stream, picks, keep, every, chosen)
+            seen = states[len(folds) :]
+            loss = ROW_LOSSES[row_loss]([squeezed(s) for s in states[: len(folds)]], picked, args, row_numbers)
+            loss, grads = summed(loss, keep, stream), []
+        elif chosen.gradients == "slabs":
+            loss, seen, grads = module.slab_loss(stream, picks, keep, folds, observed, evaluate, args, chosen, needs)
+        else:
+            loss, grads = module.stream_loss(stream, picks, keep, folds, evaluate, args, chosen, needs)
+    return [loss, *[t for state in seen for t in state], *grads]
+
+
+@loss_op.register_fake
+def _(tensors, picks, keep, args, recipe, numbers, row_loss, row_numbers, plan, needs):
+    stream, every = unpack(recipe, numbers, tensors)
+    wide = stream.accumulate_dtype
+    loss = stream.tensors[0].new_empty((), dtype=wide)
+    seen = _fake_outputs(stream, parted(every, plan)[1], None)
+    return [loss, *seen] + [_fake_gradient(t, wide) for t in _needed([*tensors, *args], needs)]
+
+
+def row_loss_gradients(row_loss, numbers, folds, states, picked, args, arg_needs, mask):
+    """One chunk's row losses and their derivatives, by plain autograd on N-vectors."""
+    with autograd_inside_op():
+        leaves = [
+            tuple([t.detach().requires_grad_(d) for t, d in zip(s, f.differentiable, strict=True)])
+            for s, f in zip(states, folds, strict=True)
+        ]
+        picked = None if picked is None else picked.detach().requires_grad_()
+        args = [a.detach().requires_grad_(need) for a, need in zip(args, arg_needs, strict=True)]
+        total = ROW_LOSSES[row_loss]([squeezed(s) for s in leaves], picked, args, numbers)
+        total = (total if mask is None else torch.where(mask, total, 0.0)).sum()
+        wanted = [t for s in leaves for t in s if t.requires_grad]
+        wanted += ([] if picked is None else [picked]) + [a for a in args if a.requires_grad]
+        grads = iter(torch.autograd.grad(total, wanted, allow_unused=True) if total.requires_grad else [None] * len(wanted))
+    parts = [[next(grads) if t.requires_grad else None for t in s] for s in leaves]
+    h = None if picked is None else next(grads)
+    for_args = [_or_zeros(next(grads), a) for a in args if a.requires_grad]
+    return total.detach(), parts, h, for_args
+
+
+def _or_zeros(g: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if g is None else g
+
+
+def _stream_loss_context(ctx, inputs, output):
+    tensors, picks, keep, args, *constants = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*tensors, *args, *[t for t in (picks, keep) if t is not None])
+    ctx.sizes = len(tensors), len(args), picks is not None, keep is not None
+    ctx.constants = constants
+    # Kept outside save_for_backward: in eager mode the backward consumes them in place, once (pitfall 46).
+    ctx.gradients = output[len(output) - sum(constants[-1]) :]
+
+
+def _stream_loss_gradients(ctx, grads):
+    refuse_create_graph()
+    upstream = grads[0]
+    count, arg_count, has_picks, has_keep = ctx.sizes
+    nothing = [None] * count, None, None, [None] * arg_count, None, None, None, None, None, None
+    needs = ctx.constants[-1]
+    if upstream is None or not any(needs):
+        return nothing
+    saved = list(ctx.saved_tensors)
+    inputs = saved[: count + arg_count]
+    gradients = ctx.gradients
+    eager = type(upstream) is Tensor and not torch.compiler.is_compiling()
+    if eager:
+        if gradients is None:  # consumed by an earlier backward: make them again
+            rest = saved[count + arg_count :]
+            picks = rest.pop(0) if has_picks else None
+            keep = rest.pop(0) if has_keep else None
+            with torch.no_grad():
+                outputs = loss_op(inputs[:count], picks, keep, inputs[count:], *ctx.constants)
+                gradients = outputs[len(outputs) - sum(needs) :]
+        ctx.gradients = None
+        # an upstream of exactly 1 is the rule, and a pass over dw is not free; reading it on a GPU would be a host sync
+        if upstream.device.type != "cpu" or float(upstream) != 1.0:
+            for g in gradients:
+                g.mul_(upstream)
+    else:
+        gradients = [g * upstream for g in gradients]
+    made = _spread([_as(g, t) for g, t in zip(gradients, _needed(inputs, needs), strict=True)], needs)
+    return made[:count], None, None, made[count:], None, None, None, None, None, None
+
+
+loss_op.register_autograd(_stream_loss_gradients, setup_context=_stream_loss_context)
+
+
+@torch.library.custom_op("bigclass::checked_picks", mutates_args=())
+def checked_in_graph(picks: Tensor, c: int) -> Tensor:
+    """The picks, once they are known to be classes (or -1): inside a traced graph nothing else can raise IndexError."""
+    assert_picks(picks, c)
+    return picks.clone()
+
+
+@checked_in_graph.register_fake
+def _(picks, c):
+    return torch.empty_like(picks)
+
+
+def _needed(tensors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
+    return [t for t, need in zip(tensors, needs, strict=True) if need]
+
+
+def _spread(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    it = iter(grads)
+    return [next(it) if need else None for need in needs]
+
+
+def _as(g: Tensor, t: Tensor) -> Tensor:
+    return g if g.dtype == t.dtype else g.to(t.dtype)
