@@ -12,7 +12,7 @@ from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 
 import bigclass
-from bigclass.core import Dot, LogSumExp, ShiftedMoment, Stream, SumFold, log_sum_exp, op, reduce_logits, register_fold, stream_loss
+from bigclass.core import Dot, LogSumExp, ShiftedMoment, Stream, SumFold, log_sum_exp, problem, reduce_logits, register_fold, stream_loss
 from bigclass.core.engines.support import form_reason, fused_reason
 from bigclass.core.engines.tiles import Pool
 from bigclass.core.plan import Work
@@ -47,7 +47,7 @@ def test_work_buffers_take_no_more_than_planned(of_x, of_w, gradients, monkeypat
     """Mixed operands multiply in fp32, so that G is made in it."""
     torch.manual_seed(0)
     buffers, plans = {}, []
-    get, plan = Pool.get, op.make_plan
+    get, plan = Pool.get, problem.make_plan
 
     def noted(pool, name, rows, cols):
         t = get(pool, name, rows, cols)
@@ -55,7 +55,7 @@ def test_work_buffers_take_no_more_than_planned(of_x, of_w, gradients, monkeypat
         return t
 
     monkeypatch.setattr(Pool, "get", noted)
-    monkeypatch.setattr(op, "make_plan", lambda *args: plans.append(plan(*args)) or plans[-1])
+    monkeypatch.setattr(problem, "make_plan", lambda *args: plans.append(plan(*args)) or plans[-1])
     x, w = torch.randn(256, 16, dtype=of_x, requires_grad=True), torch.randn(1500, 16, dtype=of_w, requires_grad=True)
     with bigclass.planning(workspace=1 << 20, gradients=gradients):
         bigclass.linear_cross_entropy(x, w, torch.randint(1500, (256,)), engine="fused").backward()
@@ -96,18 +96,18 @@ def test_what_needs_no_gradient_is_not_refused_for_one():
 
 
 def test_a_fall_to_tiled_for_a_form_of_the_users_own_is_said_once(monkeypatch):
-    monkeypatch.setattr(op, "_said", set())
+    monkeypatch.setattr(problem, "_said", set())
     stream, own = Stream(((torch.randn(2, 1), torch.randn(1 << 20, 1)),)), (Formless(),)
     work = Work(n=2, c=1 << 20, d=1, device="cuda", not_fused=form_reason((), own))
     with pytest.warns(UserWarning, match=r"not the fused engine but the tiled one, for fold 'tests\.formless' has no Triton form"):
-        assert op._choose(work, "auto", stream, own) == "tiled"
+        assert problem.engine_for(work, "auto", stream, own) == "tiled"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        op._choose(work, "auto", stream, own)  # said already
-        op._choose(work, "tiled", stream, (Plain(),))
-        op._choose(replace(work, not_fused=form_reason((), (TopK((1,)),))), "auto", stream, (TopK((1,)),))  # not the user's
+        problem.engine_for(work, "auto", stream, own)  # said already
+        problem.engine_for(work, "tiled", stream, (Plain(),))
+        problem.engine_for(replace(work, not_fused=form_reason((), (TopK((1,)),))), "auto", stream, (TopK((1,)),))  # not the user's
         with pytest.warns(UserWarning, match="plain"):
-            op._choose(replace(work, not_fused=form_reason((), (Plain(),))), "auto", stream, (Plain(),))
+            problem.engine_for(replace(work, not_fused=form_reason((), (Plain(),))), "auto", stream, (Plain(),))
 
 
 @register_fold
