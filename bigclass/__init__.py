@@ -7,6 +7,7 @@ from bigclass.core.errors import ArgumentError, ArgumentTypeError
 from bigclass.core.plan import Plan, explain, planning
 from bigclass.core.triton_form import triton_form
 from bigclass.core.updates import GradAccumulator
+from bigclass.gradient_cache import cached_step
 from bigclass.heads import (
     CCEHead,
     ContrastiveHead,
@@ -55,6 +56,7 @@ __all__ = [
     "SparseTarget",
     "Stats",
     "TopClasses",
+    "cached_step",
     "contrastive_loss",
     "convert_criterion",
     "convert_head",

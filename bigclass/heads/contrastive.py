@@ -85,7 +85,9 @@ class ContrastiveHead(nn.Module):
         self.init_scale = usual_scale if init_scale is None else _number("init_scale", init_scale)
         self.init_bias = usual_bias if init_bias is None else _number("init_bias", init_bias)
         if not (bounds[0] <= self.init_scale <= bounds[1] and 0.0 < self.init_scale < math.inf):
-            raise ArgumentError(f"init_scale: expected a scale (no logarithm) in [min_scale, max_scale] = {list(bounds)}, got {self.init_scale}")
+            raise ArgumentError(
+                f"init_scale: expected a scale (no logarithm) in [min_scale, max_scale] = {list(bounds)}, got {self.init_scale}"
+            )
         self.loss, self.min_scale, self.max_scale, self.normalize = loss, *bounds, normalize
         self.schedule, self.direction, self.group, self.exchange, self.engine = schedule, direction, group, exchange, engine
         learns = learnable and schedule is None

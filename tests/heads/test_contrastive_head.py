@@ -164,7 +164,7 @@ def test_a_schedule_sets_the_scale_counts_training_steps_and_resumes():
         losses = []
         for _ in range(steps):
             losses.append(head(a, b).detach())
-            assert list(head.parameters())[0].grad is None
+            assert next(iter(head.parameters())).grad is None
         return losses
 
     (a, b), whole, first = features(), make(), make()
