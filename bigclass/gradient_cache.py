@@ -60,8 +60,8 @@ def cached_step(
     Raises:
         ValueError, TypeError: inputs, features or a loss that do not fit; a module that mixes rows (batch norm in training).
 
-    Random numbers of torch (dropout) are replayed, on the CPU and the devices in use, so that gradients belong to the loss returned. A
-    compiled encoder draws other ones with and without a graph: there set `torch._inductor.config.fallback_random`, or no dropout.
+    Random numbers of torch (dropout) are replayed, on the CPU and the devices in use, so that gradients belong to the loss returned. Those
+    of a compiled encoder must not depend on whether there is a graph; `torch._inductor.config.fallback_random` makes sure.
     Autocast around the call holds for all of it. What a forward changes (running statistics) it changes twice.
 
     DistributedDataParallel, as an encoder or inside one, reduces once, with the last chunk. With `contrastive_loss(group=...)` or
@@ -114,8 +114,8 @@ def _replay(parts: list[_Part]) -> None:
 
 @contextmanager
 def _no_weight_cache() -> Iterator[None]:
-    """Autocast keeps half-precision copies of weights. One made without a graph would serve the second encoding, and its weight would
-    get no gradient."""
+    """Autocast keeps half-precision copies of weights. In torch until late 2025 one made without a graph served the second encoding too,
+    and its weight got no gradient."""
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
@@ -163,26 +163,25 @@ class _Part:
             for rows in self.chunks:
                 self.states.append(generators.state())
                 found.append(self.encode(rows))
-            wholes = [ts[-1] if ts[0].dim() == 0 else torch.cat(ts) if len(ts) > 1 else ts[0] for ts in zip(*found, strict=True)]
+        wholes = [_joined([chunk[i] for chunk in found]) for i in range(len(found[0]))]
         self.features = [t.detach().requires_grad_(t.is_floating_point()) for t in wholes]
 
     def backward(self, index: int) -> bool:
         """Step 3 of a chunk; False if the encoder makes nothing that has a gradient."""
         rows = self.chunks[index]
         _Generators.of([self]).restore(self.states[index])
-        pairs = []
+        outputs, grads = [], []
         for t, whole in zip(self.encode(rows), self.features, strict=True):
             if not t.requires_grad or whole.grad is None:
                 continue
+            outputs.append(t)
             if whole.dim() > 0:
-                pairs.append((t, whole.grad[rows]))
-            elif index == len(self.chunks) - 1:  # the same for all chunks: its gradient is that of all
-                pairs.append((t, whole.grad))
-            else:
-                pairs.append((t, torch.zeros_like(whole)))
-        if pairs:
-            torch.autograd.backward(*zip(*pairs, strict=True))
-        return bool(pairs)
+                grads.append(whole.grad[rows])
+            else:  # the same for all chunks: the last one has the gradient of all
+                grads.append(whole.grad if index == len(self.chunks) - 1 else torch.zeros_like(whole))
+        if outputs:
+            torch.autograd.backward(outputs, grads)
+        return bool(outputs)
 
     def encode(self, rows: slice) -> list[Tensor]:
         """The features of some rows."""
@@ -278,6 +277,10 @@ def _count_rows(name: str, input: Any) -> int:
 
 def _leaves(input: Any) -> list[Any]:
     return [input] if isinstance(input, Tensor) else list(input.values() if isinstance(input, Mapping) else input)
+
+
+def _joined(chunks: list[Tensor]) -> Tensor:
+    return chunks[0] if len(chunks) == 1 or chunks[0].dim() == 0 else torch.cat(chunks)
 
 
 def _rows_of(value: Any, rows: slice) -> Any:

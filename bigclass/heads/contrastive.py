@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -161,6 +162,13 @@ class ContrastiveHead(nn.Module):
         if self.schedule is not None and self.training:
             self.step += 1
         return loss
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ContrastiveHead:
+        """Of the same ranks: a process group cannot be copied, and a copy of the model (EMA) has no others."""
+        memo[id(self.group)] = self.group
+        memo[id(self)] = copied = type(self).__new__(type(self))
+        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return copied
 
     def extra_repr(self) -> str:
         parts = [f"loss={self.loss!r}"]
