@@ -7,7 +7,17 @@ from bigclass.core.errors import ArgumentError, ArgumentTypeError
 from bigclass.core.plan import Plan, explain, planning
 from bigclass.core.triton_form import triton_form
 from bigclass.core.updates import GradAccumulator
-from bigclass.heads import CCEHead, LazyLogits, LMHead, LogitsWarning, MarginHead, MultiLabelHead
+from bigclass.gradient_cache import cached_step
+from bigclass.heads import (
+    CCEHead,
+    ContrastiveHead,
+    LazyLogits,
+    LMHead,
+    LogitsWarning,
+    MarginHead,
+    MultiLabelHead,
+    cosine_temperature,
+)
 from bigclass.heads.criteria import convert_criterion
 from bigclass.integrations import convert_head, restore_head
 from bigclass.losses.contrastive import contrastive_loss, sigmoid_contrastive_loss
@@ -34,6 +44,7 @@ __all__ = [
     "ArgumentError",
     "ArgumentTypeError",
     "CCEHead",
+    "ContrastiveHead",
     "ElementwiseLoss",
     "GradAccumulator",
     "LMHead",
@@ -45,9 +56,11 @@ __all__ = [
     "SparseTarget",
     "Stats",
     "TopClasses",
+    "cached_step",
     "contrastive_loss",
     "convert_criterion",
     "convert_head",
+    "cosine_temperature",
     "explain",
     "linear_asymmetric_loss",
     "linear_binary_cross_entropy",

@@ -28,7 +28,7 @@ def environment() -> dict[str, str]:
 
 
 def test_every_example_has_its_test():
-    assert EXAMPLES == ["extreme_labels.py", "frozen_features.py", "margin_verification.py", "timm_patches.py"]
+    assert EXAMPLES == ["clip.py", "extreme_labels.py", "frozen_features.py", "margin_verification.py", "timm_patches.py"]
 
 
 def test_frozen_features_learns(tmp_path):
@@ -88,6 +88,21 @@ def test_margin_verification_takes_three_margins_and_subcentres(tmp_path):
         "margin_verification.py", *small, "--kind", "combined", "--margin", "1", "0.2", "0.1", "--subcenters", "2", folder=tmp_path
     )
     assert "combined, margin (1.0, 0.2, 0.1)" in printed
+
+
+def test_clip_names_captions_it_never_saw_and_plots(tmp_path):
+    for package in ("open_clip", "sklearn", "rich", "matplotlib"):
+        pytest.importorskip(package)
+    options = ("--steps", "50", "--batch", "128", "--chunk", "48", "--plot", "new folder/plot.png", "--largest", "1024")
+    printed = run("clip.py", *options, folder=tmp_path)
+    found = re.findall(r"│ (.+?) +│ +([\d.]+)% │ +([\d.]+)% │ +([\d.]+)% │", printed)
+    chance, untrained, trained = ({name: float(row[i]) for name, *row in found} for i in range(3))
+    assert len(found) == 7
+    five = "... among the five likeliest"
+    assert trained[five] > 3 * max(chance[five], untrained[five])
+    assert trained["... its place"] > 70 and trained["... its first colour"] > 60
+    assert re.search(r"│ +1,024 │ +[\d,]+ MiB │ +[\d,]+ MiB │ +[\d.]+ s │ +[\d.]+ s │", printed)
+    assert (tmp_path / "new folder" / "plot.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
 def test_a_missing_package_is_named_with_its_command(tmp_path):
