@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bigclass
-from bigclass.core import LogSumExp, ShiftedMoment, Softcap, Stream, log_sum_exp, norms, op, reduce_logits, stream_loss
+from bigclass.core import LogSumExp, ShiftedMoment, Softcap, Stream, custom_ops, log_sum_exp, norms, reduce_logits, stream_loss
 from bigclass.core.norms import inverse_norms, through_norms
 from bigclass.core.recipe import pack, unpack
 from tests.support import ROADS, error
@@ -94,12 +94,12 @@ def test_it_crosses_the_custom_ops():
     assert again.normalized and again.class_scale is stream.class_scale
     needs = [t.requires_grad for t in tensors]
     assert needs == [True, True, False]
-    torch.library.opcheck(op._reduce, (tensors, picks, None, recipe, numbers, f"tiled,recompute,{1 << 20}", needs))
+    torch.library.opcheck(custom_ops.fold_op, (tensors, picks, None, recipe, numbers, f"tiled,recompute,{1 << 20}", needs))
     torch.library.opcheck(norms._inverse_norms, (stream.pairs[0][1].detach(),))
     recipe, numbers, tensors = pack(stream, folds[:1])
     args, plan = [torch.ones(9, dtype=torch.float64)], f"tiled,forward,{1 << 20},0"
     torch.library.opcheck(
-        op._stream_loss, (tensors, picks, None, args, recipe, numbers, "cross_entropy", [0.0, 0.0, 0.0, 0.0, 0.0], plan, [*needs, False])
+        custom_ops.loss_op, (tensors, picks, None, args, recipe, numbers, "cross_entropy", [0.0, 0.0, 0.0, 0.0, 0.0], plan, [*needs, False])
     )
 
 
