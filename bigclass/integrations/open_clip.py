@@ -142,6 +142,9 @@ class DistillClipLoss(_DistillClipLoss, ClipLoss):
 
     def _distill(self, images, texts, scale, teacher_images, teacher_texts, teacher_scale) -> Tensor:
         n, device = images.shape[0], images.device
+        for name, t in (("dist_image_features", teacher_images), ("dist_text_features", teacher_texts)):
+            if t.shape != (n, teacher_images.shape[-1]):
+                raise ArgumentError(f"{name}: expected {n} rows (as image_features) of one width, got shape {tuple(t.shape)}")
         scale, teacher_scale = (t if isinstance(t, Tensor) else torch.tensor(float(t), device=device) for t in (scale, teacher_scale))
         every = images, texts, teacher_images, teacher_texts
         ranks = None if self.world_size == 1 else _ranks(self)

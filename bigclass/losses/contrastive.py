@@ -36,10 +36,10 @@ from bigclass.core.plan import settings
 from bigclass.core.problem import assert_picks
 from bigclass.core.row_losses import ROW_LOSSES, register_row_loss
 from bigclass.core.stream import Stream
-from bigclass.losses.inputs import INDEX_DTYPES, check_scale, check_tensor, in_autocast
+from bigclass.losses.inputs import INDEX_DTYPES, check_range, check_scale, check_tensor, in_autocast
 from bigclass.losses.one_vs_all import LOSSES
 from bigclass.losses.positives import read_positives
-from bigclass.parallel.collectives import batch_sizes, gather_rows, merge_states, replicated, scaled_gradient, sum_over
+from bigclass.parallel.collectives import gather_rows, merge_states, replicated, row_counts, scaled_gradient, sum_over
 from bigclass.parallel.groups import Ranks
 from bigclass.parallel.spread import choose_exchange, spread_logits
 
@@ -77,7 +77,7 @@ def contrastive_loss(
         hard_negatives: (H, D) more texts, which are negatives of every image.
         direction: "both"; "image": each image among the texts only, "text": each text among the images only (their mean, not halved).
         reduction: "mean"; "sum": over images and texts, halved for "both"; "none": (N,) the mean of a pair's two losses (without
-            `positives`), or the (N,) or (M,) losses of one direction.
+            `positives`), or the (N,) or (M + H,) losses of one direction.
         group: a ProcessGroup or a DeviceMesh of one axis: the loss of the whole batch, of which each rank has a part (of any size).
             Every rank gets its value. Gradients of the features are those of the loss times the number of ranks, so that averaged over
             ranks, as DistributedDataParallel and FSDP do, those of the parameters are exact; that of the scale is exact on each.
@@ -206,14 +206,13 @@ class Batch:
                 f"to whom: positives= (hard negatives have an argument of their own)"
             )
         texts = text_features if hard_negatives is None else torch.cat((text_features, hard_negatives))
+        choose_exchange(exchange, texts, (0,))  # raises for what it does not know
         sizes, images = (texts.shape[0],), n
         if ranks is not None:
             if engine == "dense":
                 raise ArgumentError("engine: 'dense' is not offered with group=, whose ranks hold no whole matrix; use 'auto' or 'tiled'")
-            choose_exchange(exchange, texts, (0,))  # raises for what it does not know
-            sizes = tuple(batch_sizes(texts, ranks))
-            even = positives is None and hard_negatives is None
-            images = sum(sizes) if even else sum(batch_sizes(image_features, ranks))
+            of_texts, of_images = row_counts((texts, image_features), ranks)  # in one exchange, whatever this rank alone was given
+            sizes, images = tuple(of_texts), sum(of_images)
         start = 0 if ranks is None else sum(sizes[: ranks.rank])
         if positives is None:
             picks = torch.arange(start, start + n, device=device).unsqueeze(1)
@@ -309,7 +308,9 @@ def softmax_loss(batch: Batch, direction: str, reduction: str, means: Means | No
         return loss + 0.0 / count  # the mean of nothing is NaN
     parts = _parts(batch, replace(batch, stream=stream).shared(means), there, direction)
     if reduction == "none":
-        return torch.stack([loss for loss, _ in parts]).mean(0) if direction == "both" else parts[0][0]
+        losses = [loss for loss, _ in parts]
+        # behind the texts stand the hard negatives, which have no loss
+        return (losses[0] + losses[1][: batch.images]) / 2 if direction == "both" else losses[0]
     if means.local and ranks is not None:
         rows, columns = (loss.to(batch.exact) for loss, _ in parts)
         own = columns.split(list(batch.sizes))[ranks.rank]
@@ -381,9 +382,9 @@ def sigmoid_loss(batch: Batch, reduction: str, logit_bias: float | Tensor | None
     fold = bce.negatives[False](exclude_picks=True)
     there = (batch.picks >= 0).to(wide)
     there[:, batch.count :] = 0.0
-    of = n if means.local else batch.images
-    scale = 1.0 if reduction != "mean" else 1.0 / of if of else math.nan
-    factor = there.new_full((), scale, dtype=batch.exact).expand(n)
+    images = (n if means.local else batch.images) if reduction == "mean" else 1
+    of = there.new_full((), images, dtype=batch.exact)  # no number: in a graph of any batch size nothing may depend on it
+    factor = (1.0 / of).expand(n)
     gathers = ranks is not None and choose_exchange(batch.exchange, stream.pairs[0][1], batch.sizes) == "gather"
     if gathers and ranks is not None:
         x, w = stream.pairs[0]
@@ -394,11 +395,11 @@ def sigmoid_loss(batch: Batch, reduction: str, logit_bias: float | Tensor | None
             states, picked = reduce_logits(stream, batch.picks, [fold], engine=batch.engine)
             return ROW_LOSSES[bce.row_loss](states, picked, [factor, there], ()).to(wide)
         loss = stream_loss(stream, batch.picks, [fold], bce.row_loss, [factor, there], engine=batch.engine)
-        loss = loss + scale if math.isnan(scale) else loss  # the mean of nothing
     else:
         states, picked = batch.fold(stream, [fold])
         loss = ROW_LOSSES[bce.row_loss](states, picked, [factor, there], ()).sum()
-    return (loss if means.local else batch.total(loss.to(batch.exact))).to(wide)
+    whole = loss if means.local else batch.total(loss.to(batch.exact))
+    return (whole + 0.0 / of).to(wide)  # the mean of nothing is NaN
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------------------
@@ -461,10 +462,9 @@ def _ignored(ignore: Tensor, picks: Tensor, m: int, device: torch.device) -> Ten
     if ignore.device != device:
         raise ArgumentError(f"ignore: expected device {device} (that of image_features), got {ignore.device}")
     ignore = ignore.long()
-    assert_picks(ignore, m)
+    check_range("ignore", ignore, ignore != -1, m)
     # a positive that is also ignored is a positive; one that stands twice counts once
-    ordered = ignore.sort(1).values
-    again = torch.zeros_like(ordered, dtype=torch.bool)
-    again[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
-    again |= (ordered.unsqueeze(2) == picks.unsqueeze(1)).any(2)
-    return ordered.masked_fill(again, -1)
+    both, order = torch.cat((picks, ignore), 1).sort(dim=1, stable=True)
+    again = torch.zeros_like(both, dtype=torch.bool)
+    again[:, 1:] = both[:, 1:] == both[:, :-1]
+    return ignore.masked_fill(again.scatter(1, order, again)[:, picks.shape[1] :], -1)

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from bigclass.core.engines import tiles
-from bigclass.core.guards import autocast_off
+from bigclass.core.guards import autocast_off, refuse_create_graph
 from bigclass.core.plan import DEFAULT_WORKSPACE, settings
 from bigclass.losses.inputs import in_autocast
 
@@ -46,8 +45,8 @@ class _TeacherCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *upstream):
+        refuse_create_graph()
         made = iter(ctx.saved_tensors)
         return *[dtype and (next(made) * upstream[0]).to(dtype) for dtype in ctx.dtypes], None, None, None, None
 

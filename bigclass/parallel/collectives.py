@@ -38,25 +38,32 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def batch_sizes(t: Tensor, ranks: Ranks) -> list[int]:
-    """How many rows of t (n, D) each rank has. Their exchange is a few numbers a rank, which the host waits for.
+    """How many rows of t (n, D) each rank has: `row_counts` of one tensor."""
+    return row_counts((t,), ranks)[0]
 
-    In a traced graph, which cannot wait, all must have n: an assertion (on CUDA: on the device) fails where they have not.
+
+def row_counts(tensors: Sequence[Tensor], ranks: Ranks) -> list[list[int]]:
+    """How many rows of each of the tensors (n, D) each rank has. The first is the one that travels.
+
+    Their exchange is a few numbers a rank, which the host waits for. In a traced graph, which cannot wait, all must have as many as this
+    rank: an assertion (on CUDA: on the device) fails where they have not.
 
     Raises:
         ValueError: ranks differ in D or in dtype; on each of them, where what follows would hang or mix up bytes."""
-    n = t.shape[0]
+    own, t = [t.shape[0] for t in tensors], tensors[0]
     if torch.compiler.is_compiling():
-        most = functional.all_reduce(torch.tensor([n, -n], device=t.device), "max", ranks.name)
+        most = functional.all_reduce(torch.tensor([*own, *[-n for n in own]], device=t.device), "max", ranks.name)
         torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
-            most[0] == -most[1], "bigclass: under torch.compile all ranks of a group must have batches of the same size"
+            (most[: len(own)] == -most[len(own) :]).all(),
+            "bigclass: under torch.compile all ranks of a group must have batches of the same size",
         )
-        return [n] * ranks.size
+        return [[n] * ranks.size for n in own]
     kind = _DTYPES.index(t.dtype) if t.dtype in _DTYPES else -1
-    told = wait(_all_gather(torch.tensor([n, t.shape[1], kind], device=t.device), 0, ranks.name)).view(ranks.size, 3).tolist()
-    for label, values in (("widths", [d for _, d, _ in told]), ("dtypes", [_DTYPES[k] for _, _, k in told])):
+    told = wait(_all_gather(torch.tensor([t.shape[1], kind, *own], device=t.device), 0, ranks.name)).view(ranks.size, -1).tolist()
+    for label, values in (("widths", [row[0] for row in told]), ("dtypes", [_DTYPES[row[1]] for row in told])):
         if len(set(values)) > 1:
             raise ArgumentError(f"group: expected features of one width and one dtype on all ranks, got {label} {values}")
-    return [rows for rows, _, _ in told]
+    return [[row[2 + i] for row in told] for i in range(len(own))]
 
 
 def wait(t: Tensor) -> Tensor:

@@ -302,6 +302,27 @@ def test_several_ranks_without_a_process_group_are_refused():
             getattr(ours, name)(**MADE.get(name, {}), rank=1, world_size=2)(**{k: inputs[k] for k in ARGS[name]})
 
 
+@pytest.mark.parametrize(("name", "shape"), [("image", (8, 5)), ("text", (10, 5)), ("text", (9, 4)), ("image", (9,))])
+def test_a_teacher_of_other_pairs_is_refused_by_name(name, shape):
+    inputs = draw(9, 5, torch.float32, 10.0, None, 1.0, 0)
+    inputs[f"dist_{name}_features"] = torch.randn(shape)
+    with pytest.raises(ValueError, match=rf"dist_{'image' if len(shape) == 1 else name}_features: expected 9 rows"):
+        ours.DistillClipLoss()(**{k: inputs[k] for k in ARGS["DistillClipLoss"]})
+
+
+@pytest.mark.parametrize("name", ["ClipLoss", "SigLipLoss", "DistillClipLoss"])
+def test_double_backward_is_refused(name):
+    """Pitfall 47: a gradient without a graph would take no part in what is made of it."""
+    inputs = draw(9, 5, torch.float32, 10.0, None, 1.0, 0)
+    x = inputs["image_features"].requires_grad_()
+    loss = getattr(ours, name)()
+    loss.engine = "tiled"
+    parts = loss(**{k: inputs[k] for k in ARGS[name]}, output_dict=True)
+    for part in parts.values():
+        with pytest.raises(RuntimeError, match="double backward"):
+            torch.autograd.grad(part, x, create_graph=True)
+
+
 def test_horovod_runs_open_clip_s_own_loss_after_a_warning(monkeypatch):
     class Horovod:
         @staticmethod

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import bigclass
 from tests.losses.contrastive_support import Batch, batches
@@ -128,6 +130,47 @@ def test_reduction_none_gives_the_losses_that_are_averaged(engine):
     assert error(both, exact) < 1e-12
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_reduction_none_with_hard_negatives_gives_the_pairs_losses(engine):
+    image, text, hard = (F.normalize(torch.randn(n, 7, dtype=torch.float64)).requires_grad_() for n in (19, 19, 4))
+    options = {"hard_negatives": hard, "engine": engine}
+    each = bigclass.contrastive_loss(image, text, 5.0, reduction="none", **options)
+    assert each.shape == (19,)
+    made = with_gradients(each.mean(), (image, text, hard))
+    whole = with_gradients(bigclass.contrastive_loss(image, text, 5.0, **options), (image, text, hard))
+    assert max(error(a, b) for a, b in zip(made, whole, strict=True)) < 1e-12
+    texts = bigclass.contrastive_loss(image, text, 5.0, direction="text", reduction="none", **options)
+    assert texts.shape == (23,) and bool((texts[19:] == 0.0).all())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_images_without_any_text_have_no_loss(engine):
+    image, text = F.normalize(torch.randn(5, 7)).requires_grad_(), torch.zeros(0, 7, requires_grad=True)
+    options = {"positives": torch.full((5, 2), -1), "reduction": "sum", "engine": engine}
+    for loss in BOTH:
+        made = with_gradients(loss(image, text, 5.0, **options), (image, text))
+        assert float(made[0].detach()) == 0.0 and not made[1].any() and made[2].shape == (0, 7)
+
+
+def test_telling_the_ignored_from_the_positives_takes_no_more_than_both():
+    """Not one number for each pair of a positive and an ignored text."""
+    n, k = 50, 60
+    image, text = (F.normalize(torch.randn(rows, 4)) for rows in (n, 300))
+    positives, ignore = (torch.randint(-1, 300, (n, k)) for _ in range(2))
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            self.numel = max([self.numel, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))])
+            return out
+
+    with Largest() as largest:
+        bigclass.contrastive_loss(image, text, 5.0, positives=positives, ignore=ignore, engine="tiled")
+    assert largest.numel <= n * 300 + 1  # the one tile that there is
+
+
 def test_every_sparse_form_of_positives_gives_the_same_loss():
     image, text = F.normalize(torch.randn(4, 6)), F.normalize(torch.randn(9, 6))
     padded = torch.tensor([[1, 8], [3, -1], [-1, -1], [0, 2]])
@@ -187,7 +230,7 @@ def test_under_autocast_products_are_in_bf16_and_sums_are_not():
     assert error(loss, bigclass.contrastive_loss(image, text, 30.0)) < 1e-2
 
 
-@pytest.mark.parametrize("form", ["pairs", "several", "sigmoid"])
+@pytest.mark.parametrize("form", ["pairs", "several", "ignore", "sigmoid"])
 def test_one_graph_under_compile(form):
     image, text = (F.normalize(torch.randn(60, 16)).requires_grad_() for _ in range(2))
     scale, bias = torch.tensor(3.0, requires_grad=True), torch.tensor(-5.0, requires_grad=True)
@@ -196,13 +239,35 @@ def test_one_graph_under_compile(form):
     def loss(image, text, scale, bias):
         if form == "sigmoid":
             return bigclass.sigmoid_contrastive_loss(image, text, scale.exp(), bias, engine="tiled")
-        some = positives if form == "several" else None
-        return bigclass.contrastive_loss(image, text, scale.exp(), positives=some, engine="tiled")
+        some = {"several": {"positives": positives}, "ignore": {"ignore": positives}}.get(form, {})
+        return bigclass.contrastive_loss(image, text, scale.exp(), **some, engine="tiled")
 
     leaves = (image, text, scale) + ((bias,) if form == "sigmoid" else ())
     plain = with_gradients(loss(image, text, scale, bias), leaves)
     compiled = with_gradients(torch.compile(loss, fullgraph=True, backend="aot_eager")(image, text, scale, bias), leaves)
     assert max(error(a, b) for a, b in zip(compiled, plain, strict=True)) < 1e-5
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("sigmoid", [False, True], ids=["softmax", "sigmoid"])
+def test_one_graph_serves_batches_of_any_size(engine, sigmoid):
+    def loss(image, text, scale):
+        if sigmoid:
+            return bigclass.sigmoid_contrastive_loss(image, text, scale, -5.0, engine=engine)
+        return bigclass.contrastive_loss(image, text, scale, engine=engine)
+
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(loss, fullgraph=True, backend=backend)
+    for n in (12, 19, 7, 30):
+        leaves = [*(F.normalize(torch.randn(n, 8)).requires_grad_() for _ in range(2)), torch.tensor(9.0, requires_grad=True)]
+        plain, made = (with_gradients(f(*leaves), leaves) for f in (loss, compiled))
+        assert max(error(a, b) for a, b in zip(made, plain, strict=True)) < 1e-5
+    assert len(graphs) <= 2  # of the first size, then of all others
 
 
 A, B = F.normalize(torch.randn(6, 5)), F.normalize(torch.randn(6, 5))
@@ -228,10 +293,12 @@ BOTH = (bigclass.contrastive_loss, bigclass.sigmoid_contrastive_loss)
         (IndexError, "positives: expected class indices in", (A, B, 1.0), {"positives": torch.full((6,), 6)}),
         (TypeError, "positives: expected indices of texts", (A, B, 1.0), {"positives": torch.eye(6)}),
         (ValueError, "ignore: expected shape", (A, B, 1.0), {"ignore": torch.zeros(6, dtype=torch.long)}),
-        (IndexError, "target", (A, B, 1.0), {"ignore": torch.full((6, 1), 9)}),
+        (IndexError, r"ignore: expected class indices in \[0, 6\), got 9", (A, B, 1.0), {"ignore": torch.full((6, 1), 9)}),
+        (IndexError, "ignore: expected class indices", (A, B, 1.0), {"ignore": torch.full((6, 1), -2)}),
         (TypeError, "ignore: expected int64", (A, B, 1.0), {"ignore": torch.zeros(6, 1)}),
         (ValueError, "hard_negatives: expected 5 features", (A, B, 1.0), {"hard_negatives": torch.randn(3, 4)}),
         (ValueError, "text_features: expected rows of length 1", (A, 2 * B, 1.0), {"check_norms": True}),
+        (ValueError, "exchange: expected one of", (A, B, 1.0), {"exchange": "broadcast"}),
         (ValueError, "engine: expected one of", (A, B, 1.0), {"engine": "triton"}),
         (ValueError, "group: torch.distributed is not initialised", (A, B, 1.0), {"group": object()}),
     ],

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,6 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bigclass
+from bigclass.core.folds import LogSumExp
+from bigclass.core.recipe import pack
+from bigclass.core.stream import Stream
+from bigclass.parallel.groups import Ranks
 from tests.losses.contrastive_support import Batch
 from tests.ranks import run_ranks
 
@@ -22,7 +29,7 @@ def whole_batch(sizes: tuple[int, ...], form: str) -> tuple[Batch, list[int]]:
     """The batch of all ranks in float64, and how many hard negatives each has."""
     g = torch.Generator().manual_seed(sum(sizes))
     n = sum(sizes)
-    hard = [q + 1 for q in range(len(sizes))] if form == "hard negatives" else [0] * len(sizes)
+    hard = [q if form == "hard negatives" else 0 for q in range(len(sizes))]  # the first rank has none
     m = n + sum(hard)
 
     def features(rows: int) -> Tensor:
@@ -169,6 +176,34 @@ def test_data_parallel_training_is_that_of_one_process_by_every_road():
             for road in ("group", "mesh", "ring", "compiled"):
                 for ours, alone in zip(made[f"{name} {road}"], made[f"{name} alone"], strict=True):
                     assert float((ours - alone).norm() / alone.norm()) < 1e-10, (name, road)
+
+
+def special_cases(rank: int, world: int) -> dict[str, Any]:
+    """The mean of nothing, by each road; and what torch.library finds in the op."""
+    found = {}
+    for exchange in ("gather", "ring"):
+        for loss in (bigclass.contrastive_loss, bigclass.sigmoid_contrastive_loss):
+            nothing = torch.zeros(0, 3, requires_grad=True)
+            mean = loss(nothing, nothing, 2.0, group=dist.group.WORLD, exchange=exchange)
+            mean.backward()
+            found[f"{loss.__name__} {exchange}"] = float(mean.detach())
+        ranks = Ranks.of(dist.group.WORLD)
+        assert ranks is not None
+        folds = [LogSumExp(exclude_picks=True), LogSumExp(exclude_picks=True, axis="columns")]
+        stream = Stream(
+            ((leaf(torch.randn(4, 3)), leaf(torch.randn(4, 3))),), bias=leaf(torch.ones(1)), scale_tensor=leaf(torch.tensor(2.0))
+        )
+        recipe, numbers, tensors = pack(stream, folds)
+        picks = torch.arange(4 * rank, 4 * rank + 4).unsqueeze(1)
+        args = tensors, picks, recipe, numbers, f"tiled,0,{exchange}", ranks.name, [4] * world, [True] * len(tensors)
+        found[f"opcheck {exchange}"] = torch.library.opcheck(torch.ops.bigclass.spread_logits.default, args)
+    return found
+
+
+def test_the_mean_of_nothing_is_nan_and_the_op_is_sound():
+    for found in run_ranks(special_cases, 2):
+        for key, value in found.items():
+            assert set(value.values()) == {"SUCCESS"} if key.startswith("opcheck") else math.isnan(value), key
 
 
 def refusals(rank: int, world: int) -> dict[str, str]:

@@ -63,7 +63,9 @@ def reduce(stream: Stream, picks: Tensor | None, keep: Tensor | None, folds: Seq
         picked = s.gather(1, picks)
         mask = torch.zeros_like(s, dtype=torch.bool).scatter_(1, picks, True) if exclude else None
     elif picks is not None:
-        picked = s.gather(1, picks.clamp_min(0)).masked_fill(picks < 0, 0.0)
+        # without a class there is nothing to gather, but still a graph
+        picked = s.gather(1, picks.clamp_min(0)) if s.shape[1] else s.sum(1, keepdim=True).expand(picks.shape)
+        picked = picked.masked_fill(picks < 0, 0.0)
         if exclude:  # one column more takes the marks of picks that are none
             mask = s.new_zeros((s.shape[0], s.shape[1] + 1), dtype=torch.bool)
             mask = mask.scatter(1, torch.where(picks < 0, s.shape[1], picks), True)[:, :-1]

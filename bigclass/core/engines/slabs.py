@@ -141,7 +141,7 @@ def read_picks(maker: TileMaker, span: Span) -> Tensor:
     picks = rows.take(maker.picks, span)
     out = maker.pool.get("empty", 0, 0).new_zeros(picks.shape)
     k = picks.shape[1]
-    if picks.numel() == 0:
+    if picks.numel() == 0 or maker.c == 0:
         return out
     widest = max([w.shape[1] for _, w in stream.pairs], default=1)
     block = max((1 << 20) // (k * widest), 1)  # rows of w gathered at once: 4 MiB
