@@ -28,8 +28,9 @@ from torch import Tensor
 
 from bigclass.core.errors import ArgumentError
 from bigclass.extras import require
-from bigclass.losses.contrastive import Batch, Means, contrastive_loss, sigmoid_contrastive_loss, sigmoid_loss, softmax_loss
+from bigclass.losses.contrastive import contrastive_loss, sigmoid_contrastive_loss, sigmoid_loss, softmax_loss
 from bigclass.losses.distill import teacher_cross_entropy
+from bigclass.losses.pairs import Batch, Means
 from bigclass.parallel.collectives import batch_sizes, gather_rows, replicated, scaled_gradient, sum_over
 from bigclass.parallel.groups import Ranks
 
@@ -83,7 +84,7 @@ class ClipLoss(_ClipLoss):
             positives = torch.arange(images.shape[0], device=images.device) + images.shape[0] * ranks.rank
 
             def one_way(x: Tensor, w: Tensor) -> Tensor:
-                w = gather_rows(w.detach(), sizes, ranks)
+                w = gather_rows(w.detach(), sizes, ranks).to(w.dtype)
                 return contrastive_loss(x, w, scale, logit_bias=bias, positives=positives, direction="image", engine=self.engine)
 
             return (one_way(images, texts) + one_way(texts, images)) / 2
@@ -159,6 +160,7 @@ class DistillClipLoss(_DistillClipLoss, ClipLoss):
                 images, texts = scaled_gradient(images, features), scaled_gradient(texts, features)
                 scale = replicated(scale, ranks, scalars)
                 every = [gather_rows(t, sizes, ranks) for t in (images, texts, teacher_images.detach(), teacher_texts.detach())]
+            every = [t.to(like.dtype) for t, like in zip(every, (images, texts, teacher_images, teacher_texts), strict=True)]
         loss = teacher_cross_entropy(images, every[1], scale, teacher_images, every[3], teacher_scale)
         loss = loss + teacher_cross_entropy(texts, every[0], scale, teacher_texts, every[2], teacher_scale)
         loss = loss / (2 * total)

@@ -58,9 +58,9 @@ def row_counts(tensors: Sequence[Tensor], ranks: Ranks) -> list[list[int]]:
             "bigclass: under torch.compile all ranks of a group must have batches of the same size",
         )
         return [[n] * ranks.size for n in own]
-    kind = _DTYPES.index(t.dtype) if t.dtype in _DTYPES else -1
+    kind = _DTYPES.index(t.dtype) if t.dtype in _DTYPES else len(_DTYPES)
     told = wait(_all_gather(torch.tensor([t.shape[1], kind, *own], device=t.device), 0, ranks.name)).view(ranks.size, -1).tolist()
-    for label, values in (("widths", [row[0] for row in told]), ("dtypes", [_DTYPES[row[1]] for row in told])):
+    for label, values in (("widths", [row[0] for row in told]), ("dtypes", [(*_DTYPES, "another")[row[1]] for row in told])):
         if len(set(values)) > 1:
             raise ArgumentError(f"group: expected features of one width and one dtype on all ranks, got {label} {values}")
     return [[row[2 + i] for row in told] for i in range(len(own))]
@@ -111,16 +111,22 @@ def shift(t: Tensor, ranks: Ranks) -> Tensor:
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, t, sizes, ranks):
-        ctx.sizes, ctx.ranks = sizes, ranks
-        return unpadded(wait(start_gather(t, sizes, ranks)), sizes)
+        ctx.sizes, ctx.ranks, ctx.dtype = sizes, ranks, t.dtype
+        return unpadded(wait(start_gather(t, sizes, ranks)), sizes).to(_wide(t))
 
     @staticmethod
     def backward(ctx, grad):
-        return scatter_sum(grad, ctx.sizes, ctx.ranks), None, None
+        return scatter_sum(grad, ctx.sizes, ctx.ranks).to(ctx.dtype), None, None
+
+
+def _wide(t: Tensor) -> torch.dtype:
+    return torch.promote_types(t.dtype, torch.float32)
 
 
 def gather_rows(t: Tensor, sizes: Sequence[int], ranks: Ranks) -> Tensor:
-    """(sum of sizes, ...): the rows of all ranks, rank after rank. Each rank's gradient is the sum of what reached its rows anywhere."""
+    """(sum of sizes, ...): the rows of all ranks, rank after rank. Each rank's gradient is the sum of what reached its rows anywhere.
+
+    They travel in their own dtype and come in fp32 (float64), so that gradients, too, are summed in it and rounded once."""
     return _GatherRows.apply(t, list(sizes), ranks)
 
 

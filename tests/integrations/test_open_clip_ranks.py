@@ -120,7 +120,7 @@ def train_both(rank: int, world: int, freq: int) -> float:
     return max(error(a, b) for a, b in zip(*trained, strict=True))
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, 3, 4])
 def test_every_mode_gives_each_rank_what_open_clip_gives_it(world):
     """And open_clip's own training loop over DDP the same model. One test, for one start of processes."""
     found = run_ranks(compare, world)

@@ -203,6 +203,18 @@ def test_nan_features_make_the_loss_nan_and_nothing_else_raises(engine):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_an_image_without_positives_is_no_part_of_the_images_direction_even_if_it_holds_nan(engine):
+    image, text = (F.normalize(torch.randn(9, 8)) for _ in range(2))
+    image[3, 2] = math.nan
+    image, text = image.requires_grad_(), text.requires_grad_()
+    positives = torch.arange(9)
+    positives[3] = -1
+    loss = bigclass.contrastive_loss(image, text, 20.0, positives=positives, direction="image", engine=engine)
+    loss.backward()
+    assert bool(loss.isfinite()) and bool(text.grad.isfinite().all()) and not bool(image.grad[3].any())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_a_negative_scale_tensor_is_used_as_it_is(engine):
     batch = Batch(*(F.normalize(torch.randn(9, 8, dtype=torch.float64)).requires_grad_() for _ in range(2)),
                   torch.tensor(-4.0, dtype=torch.float64, requires_grad=True), None, None, None, None)  # fmt: skip
