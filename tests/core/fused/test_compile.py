@@ -39,6 +39,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
             "stored",
             "contrastive",
             "bce",
+            "siglip",
             "curricular",
         ),
         *ELSEWHERE["fp32"],
