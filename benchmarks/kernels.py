@@ -109,6 +109,7 @@ RECIPES = {
     "3 picks read": Recipe((LogSumExp(),), picks=3),
     "columns": Recipe((LogSumExp(), LogSumExp(axis="columns"))),
     "contrastive": Recipe((_REST, LogSumExp(exclude_picks=True, axis="columns")), picks=1, learnt_scale=True),
+    "contrastive 4 picks": Recipe((_REST, LogSumExp(exclude_picks=True, axis="columns")), picks=4, learnt_scale=True),
     "two pairs": Recipe((_REST,), picks=1, pairs=2),
     "bias": Recipe((_REST,), picks=1, bias=True),
     "bias smoothing": Recipe((_REST, Total()), picks=1, bias=True),
