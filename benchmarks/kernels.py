@@ -71,15 +71,16 @@ COPIES = {"fold": 2, "gradient": 1}
 class Recipe:
     """A stream, its folds, the picks of a row.
 
-    learnt_scale: a parameter multiplies the logits. given: an N x C tensor is added to them. weights: folds read class vectors, where they
-    may. stored: the products lie in memory, as when gradients are made in the forward. All gradients leave rows out (`keep`); of stored
-    products they are boosted, as for fp16."""
+    bias_last: the bias, then fp32, is added behind the scale. learnt_scale: a parameter multiplies the logits. given: an N x C tensor is
+    added to them. weights: folds read class vectors, where they may. stored: the products lie in memory, as when gradients are made in the
+    forward. All gradients leave rows out (`keep`); of stored products they are boosted, as for fp16."""
 
     folds: tuple[Fold, ...]
     picks: int = 0
     maps: tuple[Map, ...] = ()
     pairs: int = 1
     bias: bool = False
+    bias_last: bool = False
     class_scale: bool = False
     given: bool = False
     weights: bool = False
@@ -108,6 +109,7 @@ RECIPES = {
     "3 picks read": Recipe((LogSumExp(),), picks=3),
     "columns": Recipe((LogSumExp(), LogSumExp(axis="columns"))),
     "contrastive": Recipe((_REST, LogSumExp(exclude_picks=True, axis="columns")), picks=1, learnt_scale=True),
+    "contrastive 4 picks": Recipe((_REST, LogSumExp(exclude_picks=True, axis="columns")), picks=4, learnt_scale=True),
     "two pairs": Recipe((_REST,), picks=1, pairs=2),
     "bias": Recipe((_REST,), picks=1, bias=True),
     "bias smoothing": Recipe((_REST, Total()), picks=1, bias=True),
@@ -117,6 +119,7 @@ RECIPES = {
     "probabilities weights bias cap": Recipe((LogSumExp(), Dot(), Total()), maps=_CAP, bias=True, weights=True),
     "entropy bias cap": Recipe((_REST, ShiftedMoment()), picks=1, maps=_CAP, bias=True),
     "bce": Recipe((_one_vs_all("bce", 0),), picks=4, bias=True),
+    "siglip": Recipe((_one_vs_all("bce", 0),), picks=1, bias=True, bias_last=True, learnt_scale=True),
     "focal": Recipe((_one_vs_all("focal", 0),), picks=4, bias=True),
     "asymmetric": Recipe((_one_vs_all("asymmetric", 0),), picks=4, bias=True),
     "hinge cap": Recipe((_one_vs_all("squared_hinge", 1),), picks=4, maps=_CAP, bias=True, weights=True),
@@ -191,11 +194,11 @@ def compile_recipe(recipe: Recipe, dtype: torch.dtype, features: int, arch: str)
     n, c, k = ROWS, CLASSES, recipe.picks
     rows, columns, at_picks = torch.empty(n), torch.empty(c), torch.empty(n, k) if k else None
     pairs = tuple([(torch.empty(n, features, dtype=dtype), torch.empty(c, features, dtype=dtype)) for _ in range(recipe.pairs)])
-    bias = torch.empty(c, dtype=dtype) if recipe.bias else None
+    bias = torch.empty(c, dtype=None if recipe.bias_last else dtype) if recipe.bias else None
     grid = torch.empty(n, c + 1)[:, :c]  # rows of no whole 16 bytes, which take more registers
     scale = columns if recipe.class_scale else None
     given, learnt = grid if recipe.given else None, torch.empty((), requires_grad=True) if recipe.learnt_scale else None
-    stream = Stream(pairs, bias=bias, class_scale=scale, given=given, scale_tensor=learnt, maps=recipe.maps)
+    stream = Stream(pairs, bias=bias, bias_last=recipe.bias_last, class_scale=scale, given=given, scale_tensor=learnt, maps=recipe.maps)
     picks = torch.empty(n, k, dtype=torch.int32) if k else None
     stored = torch.empty(n, c) if recipe.stored else None
 

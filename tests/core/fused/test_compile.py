@@ -39,6 +39,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
             "stored",
             "contrastive",
             "bce",
+            "siglip",
             "curricular",
         ),
         *ELSEWHERE["fp32"],
@@ -47,7 +48,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
 WIDTHS = (64, 768, 2304, 4096, 4608)  # of models; a run-time argument, so they share their binaries
 UNALIGNED = (70,)  # descriptors cannot address the rows
 PLAIN = "--ieee"  # fp32 products by plain arithmetic
-AWKWARD = ("entropy", "two pairs", "given", "probabilities weights bias cap", "bce", "4 centres")
+AWKWARD = ("entropy", "two pairs", "given", "probabilities weights bias cap", "bce", "4 centres", "contrastive 4 picks")
 PLAINLY = ("ce", "columns", "entropy bias cap")
 
 # (dtype, features, recipes, options)

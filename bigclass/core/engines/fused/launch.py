@@ -94,12 +94,19 @@ TABLE: dict[tuple[str, int], tuple[Config, ...]] = {
     ("interpreter", 4): (Config(64, 64, 32, 4, 1, False, 2), _SMALL, _SMALL, _SMALL),
 }  # fmt: skip
 
-# Bytes of an element -> (light and heavy, heaviest, laden), on every architecture, where rows are no whole 16 bytes: pointers then take the
-# registers of a large tile. (Registers are said here and for sm_100's heavy fp32 tiles because Triton 3.6 spilled 8 to 40 bytes.)
+# Bytes of an element -> the same four, on every architecture, where rows are no whole 16 bytes: pointers then take the registers of a large
+# tile. (Registers are said here and for sm_100's heavy fp32 tiles because Triton 3.6 spilled 8 to 40 bytes. Heavy is 64x64 for bf16: of
+# 128x64 Triton 3.9 spilled 16 on sm_100 for columns beside several picks a row.)
 POINTERS = {
-    2: (Config(128, 64, 32, 8, 3, False, registers=255), Config(64, 64, 32, 8, 3, False, registers=255), _laden(64, 32, 32, 3, False)),
-    4: (Config(64, 32, 32, 8, 3, False, registers=255), Config(64, 32, 32, 8, 3, False), _laden(64, 32, 32, 3, False)),
-}
+    2: (
+        Config(128, 64, 32, 8, 3, False, registers=255), Config(64, 64, 32, 8, 3, False, registers=255),
+        Config(64, 64, 32, 8, 3, False, registers=255), _laden(64, 32, 32, 3, False),
+    ),
+    4: (
+        Config(64, 32, 32, 8, 3, False, registers=255), Config(64, 32, 32, 8, 3, False, registers=255),
+        Config(64, 32, 32, 8, 3, False), _laden(64, 32, 32, 3, False),
+    ),
+}  # fmt: skip
 
 # Laden folds of products that lie in memory: nothing is multiplied, so nothing is lost by a small tile.
 STORED = _laden(32, 64, 32, 1, False)
@@ -145,7 +152,7 @@ def config(name: str, dtype: torch.dtype, weight: int, *, described: bool = True
         return STORED
     if described or name == "interpreter":
         return TABLE[name, dtype.itemsize][weight]
-    return POINTERS[dtype.itemsize][max(weight - 1, 0)]
+    return POINTERS[dtype.itemsize][weight]
 
 
 def processors(device: torch.device) -> int:
