@@ -95,7 +95,8 @@ _CAP = (Softcap.at(30.0),)
 def _one_vs_all(name: str, weighted: int, kind: str = "negatives") -> Fold:
     """A fold of a one-vs-all loss with its default options."""
     made = LOSSES[name]
-    return getattr(made, kind)[weighted](numbers=tuple(made.loss.options.values()), exclude_picks=kind != "dense")
+    floor = (0.1,) if kind == "floor" else ()
+    return getattr(made, kind)[weighted](numbers=(*floor, *made.loss.options.values()), exclude_picks=kind != "dense")
 
 
 RECIPES = {
@@ -119,6 +120,7 @@ RECIPES = {
     "probabilities weights bias cap": Recipe((LogSumExp(), Dot(), Total()), maps=_CAP, bias=True, weights=True),
     "entropy bias cap": Recipe((_REST, ShiftedMoment()), picks=1, maps=_CAP, bias=True),
     "bce": Recipe((_one_vs_all("bce", 0),), picks=4, bias=True),
+    "bce smoothing weights": Recipe((_one_vs_all("bce", 1, "floor"),), picks=4, bias=True, weights=True),
     "siglip": Recipe((_one_vs_all("bce", 0),), picks=1, bias=True, bias_last=True, learnt_scale=True),
     "focal": Recipe((_one_vs_all("focal", 0),), picks=4, bias=True),
     "asymmetric": Recipe((_one_vs_all("asymmetric", 0),), picks=4, bias=True),

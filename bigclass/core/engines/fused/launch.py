@@ -134,10 +134,12 @@ def weight(folds: Sequence[Fold], *, given: bool = False, searched: bool = False
 
     Light: a lone fold of at most two numbers a row. Heavy: several folds, columns, a tile searched for its picks (a fold counts them, even
     one, or there are several a row), bent: the gradient under a map, which keeps z beside s and G. Heaviest: an N x C tensor is read,
-    or a fold has three numbers or more (entropy). Laden: a fold says so of its own terms (`Fold.weight`), or says heaviest and is mapped.
+    or a fold has three numbers or more (entropy). Laden: a fold says so of its own terms (`Fold.weight`), or says heaviest and is mapped
+    or reads two class vectors.
     """
     own = max([f.weight for f in folds], default=0)
-    if own == 3 or (own == 2 and mapped):
+    vectors = any(f.tensor_axes[: len(f.tensors)].count("folded") > 1 for f in folds)
+    if own == 3 or (own == 2 and (mapped or vectors)):
         return 3
     if given or any("grid" in f.tensor_axes[: len(f.tensors)] or len(f.differentiable) > 2 for f in folds):
         return 2
