@@ -152,7 +152,7 @@ def read_picks(maker: TileMaker, span: Span) -> Tensor:
         z = out[part.start : part.stop]
         for x, w in stream.pairs:
             wide = w[classes.flatten()].to(maker.dtype).view(*classes.shape, -1)  # (r, K, D)
-            z += torch.bmm(wide, rows.take(x, here).to(maker.dtype).unsqueeze(-1)).squeeze(-1)
+            z += (wide * rows.take(x, here).to(maker.dtype).unsqueeze(1)).sum(-1)  # in pairs: bmm adds one after the other
         if stream.class_scale is not None:
             z *= stream.class_scale[classes].to(maker.dtype)
         if stream.given is not None:
