@@ -62,7 +62,9 @@ def cached_step(
 
     Random numbers of torch (dropout) are replayed, on the CPU and the devices in use, so that gradients belong to the loss returned. Those
     of a compiled encoder must not depend on whether there is a graph; `torch._inductor.config.fallback_random` makes sure.
-    Autocast around the call holds for all of it. What a forward changes (running statistics) it changes twice.
+    Autocast around the call holds for all of it. What a forward changes (running statistics) it changes twice; where that changes its
+    output (the power iteration of a spectral norm) the second encoding is another function, and its gradients are not the batch's.
+    An exception on the way leaves part of the gradients in `.grad`.
 
     DistributedDataParallel, as an encoder or inside one, reduces once, with the last chunk. With `contrastive_loss(group=...)` or
     `ContrastiveHead(group=...)` as loss its gradients are then those of the loss over all ranks' batches. Under FSDP each chunk reduces;
@@ -92,22 +94,32 @@ def cached_step(
 
 
 def _replay(parts: list[_Part]) -> None:
-    """Step 3. Each data-parallel replica reduces in the last backward that it takes part in."""
+    """Step 3. Each data-parallel replica reduces once: in the last backward that it is expected to take part in, or, should nothing in
+    that one have a gradient (a frozen tower), in one more of zeros, which reduces what has been gathered."""
     order = [(part, index) for part in parts for index in range(len(part.chunks))]
     last = {replica: position for position, (part, _) in enumerate(order) for replica in part.replicas}
-    frozen: set[int] = set()
+    waiting: dict[DistributedDataParallel, tuple[_Part, int]] = {}  # with gradients that have not been reduced
+    dead: set[int] = set()
     generators = _Generators.of(parts)
     after = generators.state()
     try:
         for position, (part, index) in enumerate(order):
-            if id(part) in frozen:
+            if id(part) in dead:
                 continue
-            with ExitStack() as stack:
+            reducing = [replica for replica in part.replicas if last[replica] == position]
+            if part.backward(index, reducing):
                 for replica in part.replicas:
-                    if last[replica] != position:
-                        stack.enter_context(replica.no_sync())
-                if not part.backward(index):
-                    frozen.add(id(part))
+                    waiting[replica] = part, index
+                for replica in reducing:
+                    del waiting[replica]
+            elif index == 0 and not part.learns:
+                dead.add(id(part))
+        while waiting:
+            replica, (part, index) = next(iter(waiting.items()))
+            reducing = [other for other in part.replicas if other in waiting]
+            part.backward(index, reducing, zeros=True)
+            for other in reducing:
+                del waiting[other]
     finally:
         generators.restore(after)
 
@@ -136,7 +148,9 @@ class _Part:
     input: Any
     chunks: list[slice]
     roots: list[nn.Module]
-    """The modules that it runs, as far as can be seen, with what they contain."""
+    """The modules that it runs, with what they contain: itself, or those seen when it ran first."""
+    watched: bool
+    """Is it no module, so that those it runs must be seen running?"""
     states: list[list[Tensor]] = field(default_factory=list)
     """Of the generators, before each chunk."""
     features: list[Tensor] = field(default_factory=list)
@@ -149,6 +163,12 @@ class _Part:
         return list(dict.fromkeys(m for root in self.roots for m in root.modules() if isinstance(m, DistributedDataParallel)))
 
     @property
+    def learns(self) -> bool:
+        """May it have gradients to make?"""
+        tensors = [t for t in _leaves(self.input) if isinstance(t, Tensor)] + [p for root in self.roots for p in root.parameters()]
+        return any(t.requires_grad for t in tensors)
+
+    @property
     def positional(self) -> list[Tensor]:
         return self.features if self.keys is None else []
 
@@ -159,15 +179,44 @@ class _Part:
     def cache(self) -> None:
         """Step 1."""
         generators, found = _Generators.of([self]), []
-        with torch.no_grad():
+        with torch.no_grad(), self._watching():
             for rows in self.chunks:
                 self.states.append(generators.state())
-                found.append(self.encode(rows))
+                found.append([t.clone() for t in self.encode(rows)])  # it may write the next chunk into the same memory
         wholes = [_joined([chunk[i] for chunk in found]) for i in range(len(found[0]))]
         self.features = [t.detach().requires_grad_(t.is_floating_point()) for t in wholes]
 
-    def backward(self, index: int) -> bool:
-        """Step 3 of a chunk; False if the encoder makes nothing that has a gradient."""
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        """See the modules that run, and refuse those that mix rows."""
+        if not self.watched:
+            yield
+            return
+
+        seen: set[nn.Module] = set()
+
+        def see(module: nn.Module, _: Any) -> None:
+            if module not in seen:
+                _refuse_mixing(self.name, module)
+                self.roots.append(module)
+                seen.update(module.modules())
+
+        handle = nn.modules.module.register_module_forward_pre_hook(see)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def backward(self, index: int, reducing: Sequence[DistributedDataParallel], *, zeros: bool = False) -> bool:
+        """Step 3 of a chunk; False if the encoder makes nothing that has a gradient. reducing: the replicas that reduce in it.
+        zeros: with a gradient of zeros."""
+        with ExitStack() as stack:
+            for replica in self.replicas:
+                if replica not in reducing:
+                    stack.enter_context(replica.no_sync())
+            return self._backward(index, zeros)
+
+    def _backward(self, index: int, zeros: bool) -> bool:
         rows = self.chunks[index]
         _Generators.of([self]).restore(self.states[index])
         outputs, grads = [], []
@@ -180,7 +229,7 @@ class _Part:
             else:  # the same for all chunks: the last one has the gradient of all
                 grads.append(whole.grad if index == len(self.chunks) - 1 else torch.zeros_like(whole))
         if outputs:
-            torch.autograd.backward(outputs, grads)
+            torch.autograd.backward(outputs, [torch.zeros_like(g) for g in grads] if zeros else grads)
         return bool(outputs)
 
     def encode(self, rows: slice) -> list[Tensor]:
@@ -209,7 +258,10 @@ class _Part:
         """Other than the CPU."""
         tensors = [t for t in _leaves(self.input) if isinstance(t, Tensor)]
         tensors += [p for root in self.roots for p in root.parameters()]
-        return {t.device for t in tensors if t.device.type not in ("cpu", "meta")}
+        found = {t.device for t in tensors if t.device.type not in ("cpu", "meta")}
+        if self.watched and torch.cuda.is_available() and torch.cuda.is_initialized():  # it may bring its input there
+            found.add(torch.device("cuda", torch.cuda.current_device()))
+        return found
 
 
 @dataclass(frozen=True)
@@ -253,9 +305,11 @@ def _read(encoders: Any, inputs: Any, chunk_size: Any) -> list[_Part]:
             raise ArgumentError(f"chunk_size: expected at least 1, got {size}")
         n = _count_rows(f"inputs[{i}]", input)
         chunks = [slice(start, min(start + size, n)) for start in range(0, max(n, 1), size)]
-        parts.append(_Part(f"encoders[{i}]", encoder, input, chunks, _roots_in(encoder)))
+        roots = _roots_in(encoder)
+        parts.append(_Part(f"encoders[{i}]", encoder, input, chunks, roots, not roots))
     for part in parts:
-        _refuse_mixing(part)
+        for root in part.roots:
+            _refuse_mixing(part.name, root)
     return parts
 
 
@@ -298,25 +352,18 @@ def _merged(named: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _roots_in(encoder: Encoder) -> list[nn.Module]:
-    """The modules that an encoder is, or that it holds as a method or a function."""
+    """The module that an encoder is, or whose method; of anything else nothing is known before it runs."""
     if isinstance(encoder, functools.partial):
         return _roots_in(encoder.func)
-    if isinstance(encoder, nn.Module):
-        return [encoder]
-    held: list[Any] = []
-    if inspect.ismethod(encoder):
-        held = [encoder.__self__]
-    elif inspect.isfunction(encoder):
-        found = inspect.getclosurevars(encoder)
-        held = [*found.nonlocals.values(), *found.globals.values()]
-    return [value for value in held if isinstance(value, nn.Module)]
+    owner = encoder.__self__ if inspect.ismethod(encoder) else encoder
+    return [owner] if isinstance(owner, nn.Module) else []
 
 
-def _refuse_mixing(part: _Part) -> None:
-    for root in part.roots:
-        for name, module in root.named_modules():
-            if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
-                raise ArgumentError(
-                    f"{part.name}: module {name or '(itself)'!r} ({type(module).__name__}) mixes the rows of a batch, and those of a "
-                    f"chunk are not those of the batch; put it in eval mode, or take a norm of single rows (LayerNorm, GroupNorm)"
-                )
+def _refuse_mixing(part: str, root: nn.Module) -> None:
+    """Raise for a module that mixes the rows of a batch."""
+    for name, module in root.named_modules():
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            raise ArgumentError(
+                f"{part}: module {name or '(itself)'!r} ({type(module).__name__}) mixes the rows of a batch, and those of a "
+                f"chunk are not those of the batch; put it in eval mode, or take a norm of single rows (LayerNorm, GroupNorm)"
+            )

@@ -193,7 +193,7 @@ def measure(streamed: bool, batch: int, features: int) -> Point:
 def curves(options: argparse.Namespace, on_point: Callable[[str, Point], None]) -> dict[str, list[Point]]:
     """Both losses at batches that double, one after the other at each; the dense one while it stays within the limit."""
     found: dict[str, list[Point]] = {"dense": [], "streamed": []}
-    batch = min(1024, options.largest // 2)  # a line has two points
+    batch = max(min(1024, options.largest // 2), 1)  # a line has two points
     while batch <= options.largest:
         for name, points in found.items():
             if name == "streamed" or dense_bytes(batch) <= options.limit * GIB:

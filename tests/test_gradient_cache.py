@@ -338,3 +338,73 @@ def test_under_data_parallelism_gradients_are_those_of_all_batches_and_reduced_o
             for x, y in zip(grads, want[name][1], strict=True):
                 assert error(x, y) <= 1e-11, name
             assert all(len(count) == 1 for count in counts), name
+
+
+class Trainer:
+    """Not a module: what it runs is seen only when it runs."""
+
+    def __init__(self, net):
+        self.net = net
+
+    def encode(self, x):
+        return self.net(x)
+
+
+def test_batch_norm_is_refused_wherever_it_hides_and_only_where_it_runs():
+    f, g, head = towers()
+    x, y = data()
+    mixing = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6)).double()
+    for encoder in (Trainer(mixing).encode, functools.partial(lambda net, x: net(x), mixing), lambda x, nets=(mixing,): nets[0](x)):
+        with pytest.raises(ValueError, match=r"encoders\[0\]: module '1' \(BatchNorm1d\) mixes the rows"):
+            cached_step((encoder, g), (x, y), head, chunk_size=4)
+    trainer = Trainer(f)
+    trainer.unused = mixing
+    cached_step((trainer.encode, g), (x, y), head, chunk_size=4)
+    want = [t.clone() for t in gradients(f, g, head)]
+    whole((f, g), (x, y), head)  # adds as much again
+    assert all(error(after / 2, before) < 1e-12 for after, before in zip(gradients(f, g, head), want, strict=True))
+
+
+def test_chunks_without_a_gradient_say_nothing_of_the_others():
+    f, g, head = towers()
+    x, y = data()
+    x[:4] = 0.0  # a first chunk that the encoder detaches
+
+    def some(x):
+        return f(x) if bool(x.any()) else f(x).detach()
+
+    cached_step((some, g), (x, y), head, chunk_size=4)
+    assert f.layers[0].weight.grad is not None and bool(f.layers[0].weight.grad.any())
+
+
+def locked_step(rank, world):
+    """A shared replica whose second tower is frozen (its part comes last): gradients must be reduced all the same."""
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(3)
+            self.image, self.text = Tower(8).double(), Tower(5).double().requires_grad_(False)
+
+        def forward(self, image=None, text=None):
+            return self.text(text) if image is None else self.image(image)
+
+    found = []
+    for cached in (True, False):
+        model = DistributedDataParallel(Both())
+        x, y = data(n=5 + rank, seed=10 + rank)
+        head = ContrastiveHead(group=dist.group.WORLD, engine="tiled").double()
+        encoders = (lambda x, model=model: model(image=x), lambda y, model=model: model(text=y))
+        if cached:
+            cached_step(encoders, (x, y), head, chunk_size=2)
+        else:
+            head(model(image=x), model(text=y)).backward()
+        found.append([p.grad.clone() for p in model.module.image.parameters()])
+    return found
+
+
+def test_a_frozen_tower_of_a_shared_replica_does_not_keep_the_other_from_being_reduced():
+    (first, plain), (second, _) = run_ranks(locked_step, 2)
+    for a, b, want in zip(first, second, plain, strict=True):
+        assert torch.equal(a, b)
+        assert error(a, want) < 1e-12

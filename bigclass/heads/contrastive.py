@@ -113,7 +113,8 @@ class ContrastiveHead(nn.Module):
         """What similarities are multiplied by now, exp(logit_scale) held in its range: (), float32 (float64 for float64 parameters)."""
         wide = self.logit_scale.to(torch.promote_types(self.logit_scale.dtype, torch.float32))
         # Through a plain clamp no gradient would reach a parameter beyond its bound, and it would stay there for good.
-        return (wide + (wide.clamp(*self._bounds) - wide).detach()).exp()
+        slope = torch.where(wide.isfinite(), wide - wide.detach(), 0.0)  # 0, with a gradient
+        return (wide.clamp(*self._bounds).detach() + slope).exp()
 
     @property
     def _bounds(self) -> tuple[float, float]:
@@ -129,7 +130,7 @@ class ContrastiveHead(nn.Module):
     def _scheduled(self) -> Tensor:
         """The logarithm of the scale at this step."""
         assert self.schedule is not None
-        temperature = self.schedule(self.step)
+        temperature = self.schedule(self.step.clone())
         if not isinstance(temperature, Tensor):
             if isinstance(temperature, bool) or not isinstance(temperature, int | float):
                 raise ArgumentTypeError(f"schedule: expected it to return a temperature, a number or a tensor, got {temperature!r}")
@@ -138,6 +139,8 @@ class ContrastiveHead(nn.Module):
             temperature = torch.tensor(temperature, dtype=torch.float64)
         elif temperature.numel() != 1:
             raise ArgumentError(f"schedule: expected it to return one temperature, got shape {tuple(temperature.shape)}")
+        elif temperature.device.type == "cpu" and not torch.compiler.is_compiling() and not 0.0 < float(temperature) < math.inf:
+            raise ArgumentError(f"schedule: expected it to return a finite temperature > 0, got {float(temperature)}")
         return -temperature.detach().reshape(()).log().clamp(*(-bound for bound in reversed(self._bounds)))
 
     def forward(

@@ -268,3 +268,22 @@ def test_wrong_features_are_named():
         head(a, b.long())
     with pytest.raises(ValueError, match="text_features: expected 24 rows"):
         head(a, b[1:])
+
+
+@pytest.mark.parametrize(
+    ("log_scale", "scale"), [(1e6, 100.0), (3e7, 100.0), (1e30, 100.0), (math.inf, 100.0), (-1e8, 1.0), (-math.inf, 1.0)]
+)
+def test_the_scale_is_in_its_range_whatever_the_parameter_says(log_scale, scale):
+    head = ContrastiveHead()
+    with torch.no_grad():
+        head.logit_scale.fill_(log_scale)
+    assert float(head.scale().detach()) == pytest.approx(scale, rel=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf])
+def test_a_schedule_that_returns_a_bad_tensor_is_refused_and_cannot_move_the_count(temperature):
+    with pytest.raises(ValueError, match="schedule: expected it to return a finite temperature > 0"):
+        ContrastiveHead(schedule=lambda step: torch.tensor(temperature))
+    head = ContrastiveHead(schedule=lambda step: 1.0 / (1.0 + step.add_(1)))
+    head(torch.randn(4, 3), torch.randn(4, 3))
+    assert int(head.step) == 1
