@@ -99,12 +99,12 @@ def _replay(parts: list[_Part]) -> None:
     order = [(part, index) for part in parts for index in range(len(part.chunks))]
     last = {replica: position for position, (part, _) in enumerate(order) for replica in part.replicas}
     waiting: dict[DistributedDataParallel, tuple[_Part, int]] = {}  # with gradients that have not been reduced
-    dead: set[int] = set()
+    dead: set[_Part] = set()
     generators = _Generators.of(parts)
     after = generators.state()
     try:
         for position, (part, index) in enumerate(order):
-            if id(part) in dead:
+            if part in dead:
                 continue
             reducing = [replica for replica in part.replicas if last[replica] == position]
             if part.backward(index, reducing):
@@ -113,7 +113,7 @@ def _replay(parts: list[_Part]) -> None:
                 for replica in reducing:
                     del waiting[replica]
             elif index == 0 and not part.learns:
-                dead.add(id(part))
+                dead.add(part)
         while waiting:
             replica, (part, index) = next(iter(waiting.items()))
             reducing = [other for other in part.replicas if other in waiting]
@@ -151,6 +151,8 @@ class _Part:
     """The modules that it runs, with what they contain: itself, or those seen when it ran first."""
     watched: bool
     """Is it no module, so that those it runs must be seen running?"""
+    generators: _Generators = field(init=False)
+    """Those that it may draw from, as far as was known before it ran."""
     states: list[list[Tensor]] = field(default_factory=list)
     """Of the generators, before each chunk."""
     features: list[Tensor] = field(default_factory=list)
@@ -158,8 +160,9 @@ class _Part:
     keys: list[str] | None = None
     """Names of the features, if the encoder returns a dict."""
 
-    @property
+    @functools.cached_property
     def replicas(self) -> list[DistributedDataParallel]:
+        """Once it has run."""
         return list(dict.fromkeys(m for root in self.roots for m in root.modules() if isinstance(m, DistributedDataParallel)))
 
     @property
@@ -178,10 +181,10 @@ class _Part:
 
     def cache(self) -> None:
         """Step 1."""
-        generators, found = _Generators.of([self]), []
+        self.generators, found = _Generators.of([self]), []
         with torch.no_grad(), self._watching():
             for rows in self.chunks:
-                self.states.append(generators.state())
+                self.states.append(self.generators.state())
                 found.append([t.clone() for t in self.encode(rows)])  # it may write the next chunk into the same memory
         wholes = [_joined([chunk[i] for chunk in found]) for i in range(len(found[0]))]
         self.features = [t.detach().requires_grad_(t.is_floating_point()) for t in wholes]
@@ -218,7 +221,7 @@ class _Part:
 
     def _backward(self, index: int, zeros: bool) -> bool:
         rows = self.chunks[index]
-        _Generators.of([self]).restore(self.states[index])
+        self.generators.restore(self.states[index])
         outputs, grads = [], []
         for t, whole in zip(self.encode(rows), self.features, strict=True):
             if not t.requires_grad or whole.grad is None:

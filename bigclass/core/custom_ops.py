@@ -17,7 +17,7 @@ from torch import Tensor
 from bigclass.core.engines import streaming_engine
 from bigclass.core.folds import Fold, State
 from bigclass.core.guards import autocast_off, autograd_inside_op, refuse_create_graph
-from bigclass.core.problem import assert_picks, is_affine, parted, plan_of, squeezed, summed, work_of
+from bigclass.core.problem import assert_picks, is_affine, parted, plan_of, squeezed, summed, upstream_of, work_of
 from bigclass.core.recipe import unpack
 from bigclass.core.row_losses import ROW_LOSSES
 from bigclass.core.stream import Stream
@@ -53,15 +53,7 @@ def fold_backward_op(
     has_grad: list[bool], recipe: str, numbers: list[float], plan: str, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     stream, folds = unpack(recipe, numbers, tensors)
-    given, state = iter(grads), iter(states)
-    upstream = [next(given) if there else None for there in has_grad]
-    parts, at, folded = [], 0, []
-    for f in folds:
-        width = len(f.differentiable)
-        parts.append(upstream[at : at + width])
-        folded.append(tuple([next(state) for _ in range(width)]))
-        at += width
-    h = upstream[at] if picks is not None else None
+    folded, parts, h = upstream_of(folds, states, grads, has_grad, picks is not None)
     with autocast_off(stream.device):
         chosen = plan_of(plan, work_of(stream, folds, keep, scalar=False, grad=True))
         return streaming_engine(chosen.engine).reduce_backward(stream, picks, keep, folds, chosen, folded, parts, h, needs)

@@ -29,7 +29,7 @@ from bigclass.core.errors import ArgumentError
 from bigclass.core.folds import Fold, State
 from bigclass.core.guards import autocast_off, refuse_transforms
 from bigclass.core.plan import Settings, choose_engine, choose_gradients, make_plan, settings
-from bigclass.core.problem import assert_picks, beside, check, engine_for, is_affine, squeezed, summed, work_of
+from bigclass.core.problem import assert_picks, beside, check, engine_for, is_affine, squeezed, states_of, summed, work_of
 from bigclass.core.recipe import pack
 from bigclass.core.row_losses import ROW_LOSSES
 from bigclass.core.stream import Stream
@@ -67,12 +67,7 @@ def reduce_logits(
         recipe, numbers, tensors = pack(stream, folds)
         needs = [t.requires_grad and torch.is_grad_enabled() for t in tensors]
         outputs = fold_op(tensors, picks, keep, recipe, numbers, f"{name},recompute,{settings().workspace or 0}", needs)
-        states, at = [], 0
-        for f in folds:
-            parts = [t if d else t.detach() for t, d in zip(outputs[at : at + len(f.differentiable)], f.differentiable, strict=True)]
-            states.append(tuple(parts))
-            at += len(parts)
-        picked = None if picks is None else outputs[at]
+        return states_of(outputs, folds), None if picks is None else outputs[-1]
     return [squeezed(state) for state in states], picked
 
 

@@ -66,6 +66,23 @@ def squeezed(state: State) -> State:
     return tuple([t.squeeze(-1) if t.shape[-1] == 1 else t for t in state])
 
 
+def states_of(outputs: Sequence[Tensor], folds: Sequence[Fold]) -> list[State]:
+    """The states that a custom op returned in a row; parts without a gradient detached."""
+    out = iter(outputs)
+    return [squeezed(tuple([t if d else t.detach() for d, t in zip(f.differentiable, out, strict=False)])) for f in folds]
+
+
+def upstream_of(
+    folds: Sequence[Fold], states: Sequence[Tensor], grads: Sequence[Tensor], has_grad: Sequence[bool], picked: bool
+) -> tuple[list[State], list[list[Tensor | None]], Tensor | None]:
+    """What a backward was handed in a row, by fold: their states, the gradients of their parts (None: none); that of the picks."""
+    state, given = iter(states), iter(grads)
+    above = iter([next(given) if there else None for there in has_grad])
+    folded = [tuple([next(state) for _ in f.differentiable]) for f in folds]
+    parts = [[next(above) for _ in f.differentiable] for f in folds]
+    return folded, parts, next(above) if picked else None
+
+
 def beside(keep: Tensor, t: Tensor) -> Tensor:
     """keep (N,), broadcastable to t (N,) or (N, k)."""
     return keep if t.dim() == 1 else keep.unsqueeze(-1)

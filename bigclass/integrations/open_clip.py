@@ -89,8 +89,7 @@ class ClipLoss(_ClipLoss):
 
             return (one_way(images, texts) + one_way(texts, images)) / 2
         batch = _batch(self, images, texts, scale, bias, self.local_loss)
-        loss = softmax_loss(batch, "both", "mean", self._means())
-        return loss if not isinstance(bias, Tensor) else loss + bias.sum().to(loss.dtype) * 0.0  # a softmax does not see it
+        return softmax_loss(batch, means=self._means())
 
     def _constant_others(self) -> bool:
         """Are other ranks' features constants? Warns that gradients are then not those of the loss."""
@@ -181,7 +180,7 @@ class SigLipLoss(_SigLipLoss):
             loss = sigmoid_contrastive_loss(image_features, text_features, logit_scale, logit_bias, engine=self.engine)
         else:
             batch = _batch(self, image_features, text_features, logit_scale, logit_bias, True)
-            loss = sigmoid_loss(batch, "mean", logit_bias, Means(local=True))
+            loss = sigmoid_loss(batch, Means(local=True))
         return {"contrastive_loss": loss} if output_dict else loss
 
 
@@ -203,7 +202,7 @@ def _ranks(loss: Any) -> Ranks:
 
 def _batch(loss: Any, images: Tensor, texts: Tensor, scale: Any, bias: Any, local: bool) -> Batch:
     _ranks(loss)
-    batch = Batch.of(images, texts, scale, bias, None, None, None, dist.group.WORLD, loss.exchange, loss.engine, False)
+    batch = Batch.of(images, texts, scale, bias, None, None, None, "mean", dist.group.WORLD, loss.exchange, loss.engine, False)
     if local:
         _check_same(batch.sizes)
     return batch

@@ -35,6 +35,7 @@ from bigclass.core.row_losses import ROW_LOSSES, register_row_loss
 from bigclass.core.stream import Stream
 from bigclass.losses.one_vs_all import LOSSES
 from bigclass.losses.pairs import Batch, Means
+from bigclass.losses.softmax import certain_is_nan
 from bigclass.parallel.collectives import gather_rows, merge_states, replicated, sum_over
 from bigclass.parallel.spread import choose_exchange
 
@@ -96,18 +97,11 @@ def contrastive_loss(
     """
     if direction not in DIRECTIONS:
         raise ArgumentError(f"direction: expected one of {DIRECTIONS}, got {direction!r}")
-    if reduction not in ("mean", "sum", "none"):
-        raise ArgumentError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
-    batch = Batch.of(image_features, text_features, logit_scale, logit_bias, positives, ignore, hard_negatives, group, exchange, engine,
-                     check_norms)  # fmt: skip
-    if reduction == "none" and batch.ranks is not None:
-        raise ArgumentError("reduction: 'none' is not offered with group=, for a rank's own losses are no whole; use 'mean' or 'sum'")
+    batch = Batch.of(image_features, text_features, logit_scale, logit_bias, positives, ignore, hard_negatives, reduction, group, exchange,
+                     engine, check_norms)  # fmt: skip
     if reduction == "none" and direction == "both" and not batch.diagonal:
         raise ArgumentError("reduction: with positives= images and texts do not pair up; choose direction='image' or 'text' for 'none'")
-    loss = softmax_loss(batch, direction, reduction)
-    if isinstance(logit_bias, Tensor):
-        loss = loss + logit_bias.sum().to(loss.dtype) * 0.0
-    return loss
+    return softmax_loss(batch, direction)
 
 
 def sigmoid_contrastive_loss(
@@ -138,19 +132,14 @@ def sigmoid_contrastive_loss(
     Example:
         >>> loss = bigclass.sigmoid_contrastive_loss(image_features, text_features, log_scale.exp(), bias)
     """
-    if reduction not in ("mean", "sum", "none"):
-        raise ArgumentError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
-    batch = Batch.of(image_features, text_features, logit_scale, logit_bias, positives, ignore, hard_negatives, group, exchange, engine,
-                     check_norms)  # fmt: skip
-    if reduction == "none" and batch.ranks is not None:
-        raise ArgumentError("reduction: 'none' is not offered with group=, for a rank's own losses are no whole; use 'mean' or 'sum'")
-    return sigmoid_loss(batch, reduction, logit_bias)
+    batch = Batch.of(image_features, text_features, logit_scale, logit_bias, positives, ignore, hard_negatives, reduction, group, exchange,
+                     engine, check_norms)  # fmt: skip
+    return sigmoid_loss(batch)
 
 
 def _gap(rest: State, at: Tensor) -> Tensor:
     """softplus(log-sum-exp of the rest - at), with all its digits on both sides."""
-    at = at * torch.where(at == torch.inf, torch.nan, 1.0)  # a logit of +inf is NaN, as in torch's cross-entropy
-    return -F.logsigmoid((at - rest[0]) - log_sum(rest))
+    return -F.logsigmoid((certain_is_nan(at) - rest[0]) - log_sum(rest))
 
 
 def _spread(top: Tensor, total: Tensor, count: Tensor) -> Tensor:
@@ -172,9 +161,16 @@ def info_nce_row_loss(folds, picked, args, numbers):
     return torch.where(count > 0, factor * loss, 0.0)
 
 
-def softmax_loss(batch: Batch, direction: str, reduction: str, means: Means | None = None) -> Tensor:
+def softmax_loss(batch: Batch, direction: str = "both", means: Means | None = None) -> Tensor:
     """`contrastive_loss` of a batch."""
-    stream, ranks, means = batch.stream, batch.ranks, means or Means()
+    loss = _softmax_loss(batch, direction, means or Means())
+    if isinstance(batch.bias, Tensor):  # a softmax does not see it
+        loss = loss + batch.bias.sum().to(loss.dtype) * 0.0
+    return loss
+
+
+def _softmax_loss(batch: Batch, direction: str, means: Means) -> Tensor:
+    stream, ranks, reduction = batch.stream, batch.ranks, batch.reduction
     if ranks is None and direction == "text" and batch.diagonal and batch.picks.shape[1] == 1 and batch.texts == batch.images:
         # the columns of this matrix are the rows of its transpose, whose gradients can be made in the forward
         (x, w), direction = stream.pairs[0], "image"
@@ -212,9 +208,7 @@ def _parts(batch: Batch, stream: Stream, there: Tensor, direction: str) -> list[
     if direction != "text":
         one = there.new_ones(()).expand(there.shape[0])
         count = (there.sum(1) > 0).sum()
-        parts.append(
-            (ROW_LOSSES["info_nce"]([states[0]], picked, [one, there], ()), count if batch.ranks is None else sum_over(count, batch.ranks))
-        )
+        parts.append((ROW_LOSSES["info_nce"]([states[0]], picked, [one, there], ()), batch.total(count)))
     if direction != "image":
         parts.append(_columns(batch, states[-1], picked[:, : batch.count]))
     return parts
@@ -252,13 +246,13 @@ def _by_column(p: Tensor, picks: Tensor, m: int) -> tuple[State, Tensor, Tensor]
     return (top[:m], mass[:m]), segments(values, "sum")[:m], count[:m]
 
 
-def sigmoid_loss(batch: Batch, reduction: str, logit_bias: float | Tensor | None, means: Means | None = None) -> Tensor:
+def sigmoid_loss(batch: Batch, means: Means | None = None) -> Tensor:
     """`sigmoid_contrastive_loss` of a batch."""
-    ranks, bce, means = batch.ranks, LOSSES["bce"], means or Means()
+    ranks, reduction, bce, means = batch.ranks, batch.reduction, LOSSES["bce"], means or Means()
     stream = batch.shared(means)
     wide, n = stream.accumulate_dtype, stream.shape[0]
-    if logit_bias is not None:
-        bias = logit_bias if isinstance(logit_bias, Tensor) else stream.tensors[0].new_full((), float(logit_bias), dtype=wide)
+    if batch.bias is not None:
+        bias = batch.bias if isinstance(batch.bias, Tensor) else stream.tensors[0].new_full((), float(batch.bias), dtype=wide)
         bias = bias.reshape(1) if ranks is None or not bias.requires_grad else replicated(bias.reshape(1), ranks, means.factors(ranks)[1])
         stream = replace(stream, bias=bias, bias_last=True)
     fold = bce.negatives[False](exclude_picks=True)

@@ -69,16 +69,15 @@ def make_stream(
     return Stream(((x, linear_weight),), bias=linear_bias, maps=tuple(maps), compute_dtype=compute)
 
 
-def check_scale(logit_scale: float | Tensor, input: Tensor) -> None:
-    """Raise unless logit_scale is a number or a floating-point scalar tensor on input's device."""
-    if isinstance(logit_scale, Tensor):
-        if logit_scale.numel() != 1 or not logit_scale.is_floating_point():
+def check_scale(value: float | Tensor, input: Tensor, *, name: str = "logit_scale", of: str = "input") -> None:
+    """Raise unless the value is a number or a floating-point scalar tensor on input's device. name, of: what the user calls the two."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or not value.is_floating_point():
             raise ArgumentError(
-                f"logit_scale: expected a number or a floating-point tensor of shape () or (1,), got {logit_scale.dtype} "
-                f"{tuple(logit_scale.shape)}"
+                f"{name}: expected a number or a floating-point tensor of shape () or (1,), got {value.dtype} {tuple(value.shape)}"
             )
-        if logit_scale.device != input.device:
-            raise ArgumentError(f"logit_scale: expected device {input.device} (that of input), got {logit_scale.device}")
+        if value.device != input.device:
+            raise ArgumentError(f"{name}: expected device {input.device} (that of {of}), got {value.device}")
 
 
 def check_index(name: str, index: Tensor, device: torch.device, ignore_index: int = -100) -> None:

@@ -15,7 +15,7 @@ from bigclass.core.op import reduce_logits, spread_engine
 from bigclass.core.plan import settings
 from bigclass.core.stream import Stream
 from bigclass.losses.inputs import INDEX_DTYPES, check_range, check_scale, check_tensor, in_autocast
-from bigclass.losses.positives import read_positives
+from bigclass.losses.positives import read_positives, repeated
 from bigclass.parallel.collectives import replicated, row_counts, scaled_gradient, sum_over
 from bigclass.parallel.groups import Ranks
 from bigclass.parallel.spread import choose_exchange, spread_logits
@@ -44,24 +44,29 @@ class Means:
 class Batch:
     """Features and who belongs to whom.
 
-    stream: this rank's images and texts (hard negatives behind them); no bias. picks: (N, K + Q) texts, counted over all ranks, those of
-    `ignore` last. count: K. diagonal: is text i the only positive of image i? sizes: texts of each rank. images: of all ranks.
+    stream: this rank's images and texts (hard negatives behind them). bias: apart from it, for only one of the losses sees it.
+    picks: (N, K + Q) texts, counted over all ranks, those of `ignore` last. count: K. diagonal: is text i the only positive of image i?
+    sizes: texts of each rank. images: of all ranks.
     """
 
     stream: Stream
+    bias: float | Tensor | None
     picks: Tensor
     count: int
     diagonal: bool
     ranks: Ranks | None
     sizes: tuple[int, ...]
     images: int
+    reduction: str
     exchange: str
     engine: str
 
     @classmethod
-    def of(cls, image_features, text_features, logit_scale, logit_bias, positives, ignore, hard_negatives, group, exchange, engine,
-           check_norms) -> Batch:  # fmt: skip
+    def of(cls, image_features, text_features, logit_scale, logit_bias, positives, ignore, hard_negatives, reduction, group, exchange,
+           engine, check_norms) -> Batch:  # fmt: skip
         """From a user's arguments, checked."""
+        if reduction not in ("mean", "sum", "none"):
+            raise ArgumentError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
         _check_features(image_features, text_features, hard_negatives)
         _check_number("logit_scale", logit_scale, image_features)
         if logit_bias is not None:
@@ -80,6 +85,10 @@ class Batch:
         choose_exchange(exchange, texts, (0,))  # raises for what it does not know
         sizes, images = (texts.shape[0],), n
         if ranks is not None:
+            if reduction == "none":
+                raise ArgumentError(
+                    "reduction: 'none' is not offered with group=, for a rank's own losses are no whole; use 'mean' or 'sum'"
+                )
             if engine == "dense":
                 raise ArgumentError("engine: 'dense' is not offered with group=, whose ranks hold no whole matrix; use 'auto' or 'tiled'")
             of_texts, of_images = row_counts((texts, image_features), ranks)  # in one exchange, whatever this rank alone was given
@@ -100,7 +109,7 @@ class Batch:
         stream = Stream(
             ((image_features, texts),), scale=1.0 if tensor is not None else float(logit_scale), scale_tensor=tensor, compute_dtype=compute
         )
-        return cls(stream, picks, count, positives is None, ranks, sizes, images, exchange, engine)
+        return cls(stream, logit_bias, picks, count, positives is None, ranks, sizes, images, reduction, exchange, engine)
 
     @property
     def texts(self) -> int:
@@ -158,17 +167,9 @@ def _check_features(image_features: Tensor, text_features: Tensor, hard_negative
 
 def _check_number(name: str, value: Any, features: Tensor) -> None:
     if isinstance(value, Tensor):
-        check_scale(value, features) if name == "logit_scale" else _check_bias(value, features)
+        check_scale(value, features, name=name, of="image_features")
     elif isinstance(value, bool) or not isinstance(value, int | float):
         raise ArgumentTypeError(f"{name}: expected a number or a tensor of shape () or (1,), got {value!r}")
-
-
-def _check_bias(bias: Tensor, features: Tensor) -> None:
-    if bias.numel() != 1 or not bias.is_floating_point():
-        raise ArgumentError(f"logit_bias: expected a number or a floating-point tensor of shape () or (1,), got {bias.dtype} "
-                            f"{tuple(bias.shape)}")  # fmt: skip
-    if bias.device != features.device:
-        raise ArgumentError(f"logit_bias: expected device {features.device} (that of image_features), got {bias.device}")
 
 
 def _check_norms(**features: Tensor | None) -> None:
@@ -198,6 +199,5 @@ def _ignored(ignore: Tensor, picks: Tensor, m: int, device: torch.device) -> Ten
     check_range("ignore", ignore, ignore != -1, m)
     # a positive that is also ignored is a positive; one that stands twice counts once
     both, order = torch.cat((picks, ignore), 1).sort(dim=1, stable=True)
-    again = torch.zeros_like(both, dtype=torch.bool)
-    again[:, 1:] = both[:, 1:] == both[:, :-1]
+    again = repeated(both)
     return ignore.masked_fill(again.scatter(1, order, again)[:, picks.shape[1] :], -1)

@@ -173,9 +173,14 @@ def _once(picks: Tensor) -> Tensor:
     if picks.shape[1] < 2:
         return picks
     ordered = picks.sort(1).values
+    return ordered.masked_fill(repeated(ordered), -1)
+
+
+def repeated(ordered: Tensor) -> Tensor:
+    """Where a class of a row (N, K), whose classes are in order, stood just before."""
     again = torch.zeros_like(ordered, dtype=torch.bool)
     again[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
-    return ordered.masked_fill(again, -1)
+    return again
 
 
 def _check_values(values: Tensor) -> None:

@@ -55,7 +55,7 @@ class Stats(NamedTuple):
     promised_error: float = 0.0
 
 
-def _certain_is_nan(s: Tensor) -> Tensor:
+def certain_is_nan(s: Tensor) -> Tensor:
     """torch's loss is NaN for a target logit of +inf; the excluded form alone would call it certain."""
     return s * torch.where(s == torch.inf, torch.nan, 1.0)  # a product, so that its gradient is NaN too
 
@@ -66,7 +66,7 @@ def index_row_loss(folds, picked, args, numbers):
 
     numbers: smoothing, is there a z-loss, is there a Poly-1 term."""
     eps, z, poly = numbers[:3]
-    rest, s = folds[0], _certain_is_nan(picked[:, 0])
+    rest, s = folds[0], certain_is_nan(picked[:, 0])
     factor = iter(args)
     gap = (s - rest[0]) - log_sum(rest)
     loss = next(factor) * -F.logsigmoid(gap)  # log sigmoid keeps its digits on both sides
@@ -106,7 +106,7 @@ def sparse_row_loss(folds, picked, args, numbers):
     floor, z, poly = numbers[:3]
     rest = log_sum_exp(folds[0])
     factor = iter(args)
-    s = torch.where(next(factor) > 0, _certain_is_nan(picked), torch.finfo(picked.dtype).min)
+    s = torch.where(next(factor) > 0, certain_is_nan(picked), torch.finfo(picked.dtype).min)
     others = _others(rest, s)
     loss = (next(factor) * -F.logsigmoid(s - others)).sum(1)  # F.softplus would drop e^-20
     lse = torch.logaddexp(others[:, 0], s[:, 0]) if floor or z else rest

@@ -26,7 +26,7 @@ from bigclass.core.errors import ArgumentError
 from bigclass.core.folds import Fold, State
 from bigclass.core.guards import refuse_create_graph, refuse_transforms
 from bigclass.core.op import fold_gradients, fold_states
-from bigclass.core.problem import assert_picks
+from bigclass.core.problem import assert_picks, states_of, upstream_of
 from bigclass.core.recipe import pack, unpack
 from bigclass.core.stream import Stream
 from bigclass.parallel.collectives import padded, scatter_sum, shift, start_gather, unpadded, wait
@@ -68,12 +68,8 @@ def spread_logits(
     refuse_transforms(tensors)
     chosen = choose_exchange(exchange, stream.pairs[0][1], sizes)
     needs = [t.requires_grad and torch.is_grad_enabled() for t in tensors]
-    out = iter(_spread(tensors, picks, recipe, numbers, f"{engine},{workspace or 0},{chosen}", ranks.name, list(sizes), needs))
-    states = []
-    for f in folds:
-        parts = [next(out) for _ in f.differentiable]
-        states.append(tuple([(t if d else t.detach()).squeeze(-1) for t, d in zip(parts, f.differentiable, strict=True)]))
-    return states, None if picks is None else next(out)
+    *outputs, _ = _spread(tensors, picks, recipe, numbers, f"{engine},{workspace or 0},{chosen}", ranks.name, list(sizes), needs)
+    return states_of(outputs, folds), None if picks is None else outputs[-1]
 
 
 def _ranks(name: Any) -> Ranks:
@@ -169,16 +165,8 @@ def _spread_backward(
     (x, w), ranks, starts = stream.pairs[0], _ranks(group), _starts(sizes)
     engine, workspace, exchange = plan.split(",")
     wide = stream.accumulate_dtype
-    given, state = iter(grads), iter(states)
-    upstream = [next(given) if there else None for there in has_grad]
-    folded, parts, at = [], [], 0
-    for f in folds:
-        width = len(f.differentiable)
-        folded.append(tuple([next(state) for _ in range(width)]))
-        parts.append(upstream[at : at + width])
-        at += width
-    h = upstream[at] if picks is not None else None
-    sums = [t.new_zeros(t.shape, dtype=wide) for t in tensors]
+    folded, parts, h = upstream_of(folds, states, grads, has_grad, picks is not None)
+    sums = [t.new_zeros(t.shape, dtype=wide) if i != 1 else t for i, t in enumerate(tensors)]  # dw is no sum until it is home
 
     def piece(start: int, part: Tensor) -> Tensor | None:
         """dw of one piece; the others' gradients are added up."""
