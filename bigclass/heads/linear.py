@@ -49,6 +49,7 @@ class LinearHead(nn.Linear):
     ignore_index: int = -100
     engine: str = "auto"
     lazy: bool = True
+    always_lazy: bool = False  # in evaluation and under no_grad, too: for a while, where only the loss is wanted
     _OPTIONS = ("softcap", "logit_scale", "label_smoothing", "z_loss", "ignore_index", "engine", "lazy")
     _OWN: tuple[str, ...] = ()  # those of a subclass
 
@@ -105,7 +106,8 @@ class LinearHead(nn.Linear):
 
     def _output(self, features: Tensor) -> Tensor | LazyLogits:
         """What a forward without targets returns."""
-        if not (self.training and self.lazy and torch.is_grad_enabled()) or in_transform():
+        streamed = self.always_lazy or (self.training and torch.is_grad_enabled())
+        if not (self.lazy and streamed) or in_transform():
             return self.logits(features)
         maps: list[Map] = [] if self.logit_scale is None else [Scale.by(self.logit_scale)]
         maps += [] if self.softcap is None else [Softcap.at(self.softcap)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import Any, TypeVar
 
 from torch import nn
@@ -13,57 +14,67 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def convert_head(model: Model, **options: Any) -> Model:
-    """Swap a model's classifier for a streamed head, in place, and return the model.
+    """Swap a model's classifier or output embeddings for a streamed head, in place, and return the model.
 
-    The classifier module keeps its identity and its parameters: checkpoints, optimizers, EMA copies and hooks made before or after are
-    as without. In training the model then returns lazy logits (`bigclass.LazyLogits`), in evaluation real ones.
+    The module keeps its identity and its parameters: checkpoints, tied weights, optimizers, EMA copies and hooks made before or after are
+    as without. In training the model then returns lazy logits (`bigclass.LazyLogits`), in evaluation and generation real ones.
 
     Args:
-        model: a timm model whose classifier is one linear layer (found by its configuration). For a model of your own use
-            `bigclass.CCEHead.adopt(model.classifier)`.
-        options: softcap, logit_scale, engine, lazy, as of `bigclass.CCEHead`.
+        model: a transformers model with output embeddings, PEFT's wrapper of one, or a timm model whose classifier is one linear layer.
+            For a model of your own use `bigclass.CCEHead.adopt(model.classifier)` or `bigclass.LMHead.adopt(model.lm_head)`.
+        options: engine and lazy, as of the heads; for timm models softcap and logit_scale, too (a transformers model applies its own);
+            for transformers models whose loss is their `loss_function`: label_smoothing and z_loss.
 
     Returns:
-        The same model. `reset_classifier` keeps its new classifier converted; `bigclass.restore_head(model)` undoes all.
+        The same model; converting it again changes the options, `bigclass.restore_head(model)` undoes all. `reset_classifier` and
+        `resize_token_embeddings` keep what they put in the head's place converted. After `get_peft_model` convert again.
 
     Raises:
         TypeError: for a model of an unknown library or an unknown option.
-        ValueError: for a classifier that cannot be swapped, with the reason.
+        ValueError: for a head that cannot be swapped, with the reason.
 
     Example:
         >>> model = bigclass.convert_head(timm.create_model("vit_tiny_patch16_224", num_classes=100_000))
         >>> loss = torch.nn.CrossEntropyLoss()(model(images), labels)  # no N x 100,000 logits
+        >>> model = bigclass.convert_head(AutoModelForCausalLM.from_pretrained(name))
+        >>> loss = model(input_ids=ids, labels=ids).loss  # no logits over the vocabulary
     """
-    bare = _bare(model)
-    _adapter(bare).convert_head(bare, **options)
+    _adapter(model).convert_head(getattr(model, "_orig_mod", model), **options)
     return model
 
 
 def restore_head(model: Model) -> Model:
     """Undo `convert_head`, in place, and return the model."""
-    bare = _bare(model)
-    _adapter(bare).restore_head(bare)
+    _adapter(model).restore_head(getattr(model, "_orig_mod", model))
     return model
 
 
-def _bare(model: Any) -> Any:
-    """The model inside torch.compile's wrapper."""
-    return getattr(model, "_orig_mod", model)
-
-
-def _adapter(model: nn.Module) -> Any:
+def _adapter(model: Any) -> Any:
+    """The module of this package that knows this kind of model. No library is imported that the model has not brought along."""
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"model: expected a module, got {type(model).__name__}")
-    if hasattr(model, "get_classifier") or hasattr(model, "pretrained_cfg"):
+    bare = getattr(model, "_orig_mod", model)  # inside torch.compile's wrapper
+    bare = bare.module if isinstance(bare, nn.parallel.DistributedDataParallel) else bare
+    if _is_a(bare, "transformers", "PreTrainedModel") or _is_a(bare, "peft", "PeftModel"):
+        from bigclass.integrations import transformers
+
+        return transformers
+    if hasattr(bare, "get_classifier") or hasattr(bare, "pretrained_cfg"):
         from bigclass.integrations import timm
 
         return timm
     raise ArgumentTypeError(
-        f"model: {type(model).__module__}.{type(model).__qualname__} is no timm model; use bigclass.CCEHead.adopt(linear) on its classifier"
+        f"model: {type(bare).__module__}.{type(bare).__qualname__} is neither a transformers nor a timm model; use "
+        "bigclass.LMHead.adopt(linear) or bigclass.CCEHead.adopt(linear) on its head"
     )
 
 
+def _is_a(model: Any, library: str, name: str) -> bool:
+    cls = getattr(sys.modules.get(library), name, None)
+    return cls is not None and isinstance(model, cls)
+
+
 def __getattr__(name: str) -> Any:
-    if name in ("open_clip", "timm"):
+    if name in ("open_clip", "peft", "timm", "transformers"):
         return importlib.import_module(f"bigclass.integrations.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

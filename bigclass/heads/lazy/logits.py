@@ -358,7 +358,8 @@ class LazyLogits(Axes):
             self.stream, self.lead, target, weight=weight, reduction=reduction, ignore_index=None if soft else ignore_index,
             label_smoothing=label_smoothing, engine=self.engine, **more,
         )  # fmt: skip
-        return loss.to(result_dtype(self.dtype))
+        dtype = result_dtype(self.dtype)
+        return (loss[0].to(dtype), loss[1]) if isinstance(loss, tuple) else loss.to(dtype)
 
 
 def lazy_logits(features: Tensor, weight: Tensor, bias: Tensor | None, maps: tuple = (), engine: str = "auto") -> LazyLogits:

@@ -1,0 +1,96 @@
+"""transformers' losses over a vocabulary, on lazy logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from bigclass.core.errors import ArgumentError, ArgumentTypeError
+from bigclass.extras import require
+from bigclass.heads.lazy import LazyLogits
+
+require("transformers")
+
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss, ForMaskedLMLoss  # noqa: E402
+
+# What `StreamedLoss` stands in for, and whether it moves the labels.
+_SHIFTS = {ForCausalLMLoss: True, ForMaskedLMLoss: False}
+
+
+def streams(model: Any) -> bool:
+    """Is the model's loss function one that `StreamedLoss` computes? (Asked without the property, which warns of unknown types.)"""
+    own = model.__dict__.get("_loss_function")
+    own = own.original if isinstance(own, StreamedLoss) else own
+    return (own or LOSS_MAPPING.get(getattr(model, "loss_type", None))) in _SHIFTS
+
+
+class StreamedLoss:
+    """transformers' causal or masked language-modelling loss: streamed on lazy logits, as it was on real ones.
+
+    original: what it stands in for. label_smoothing, z_loss: as in `linear_cross_entropy`.
+    """
+
+    def __init__(self, original: Callable, *, label_smoothing: float = 0.0, z_loss: float = 0.0) -> None:
+        if isinstance(original, StreamedLoss):
+            original = original.original
+        self.original, self.label_smoothing, self.z_loss = original, label_smoothing, z_loss
+
+    def __call__(
+        self, logits: Any, labels: Tensor | None, vocab_size: int | None = None, num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = -100, shift_labels: Tensor | None = None, **kwargs: Any,
+    ) -> Tensor:  # fmt: skip
+        if not isinstance(logits, LazyLogits):
+            return self.original(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels=shift_labels, **kwargs)
+        target, shift = (labels, 1 if _SHIFTS[self.original] else 0) if shift_labels is None else (shift_labels, 0)
+        loss = lm_loss(
+            logits, target, shift=shift, reduction="mean" if num_items_in_batch is None else "sum", ignore_index=ignore_index,
+            label_smoothing=self.label_smoothing, z_loss=self.z_loss,
+        )  # fmt: skip
+        if num_items_in_batch is None:
+            return loss
+        return loss / (num_items_in_batch.to(loss.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch)
+
+
+def lm_loss(
+    logits: Any, labels: Any, *, shift: int = 1, reduction: str = "mean", ignore_index: int = -100, label_smoothing: float = 0.0,
+    z_loss: float = 0.0, return_stats: bool = False,
+) -> Any:  # fmt: skip
+    """Cross-entropy of a converted model's lazy logits; scale, soft cap and bias that the model put on them are part of them.
+
+    Args:
+        logits: `LazyLogits` (..., T, C), what a converted model returns. labels: (..., T), int64 or int32, or as many in another shape.
+        shift: position t is scored against labels[..., t + shift]. ignore_index: rows with this label contribute exactly nothing.
+        reduction, label_smoothing, z_loss, return_stats: as in `bigclass.linear_cross_entropy`.
+
+    Returns:
+        The loss, as `bigclass.linear_cross_entropy`; with reduction "none" the shape of labels, 0 where there is nothing to predict.
+
+    Raises:
+        TypeError: for logits that are not lazy. IndexError: a label outside the vocabulary that is not ignore_index.
+
+    Example:
+        >>> logits = model(input_ids=ids).logits  # of a converted model in training
+        >>> loss = lm_loss(logits, ids, z_loss=1e-4)
+    """
+    if not isinstance(logits, LazyLogits):
+        raise ArgumentTypeError(
+            f"logits: expected the lazy logits of a converted model (in training, or within loss_only), got {type(logits).__name__}"
+        )
+    if not isinstance(labels, Tensor):
+        raise ArgumentTypeError(f"labels: expected a tensor of token ids, got {type(labels).__name__}")
+    if labels.numel() * logits.shape[-1] != logits.numel():
+        raise ArgumentError(f"labels: expected a label for each of the positions {tuple(logits.shape[:-1])}, got {tuple(labels.shape)}")
+    target = F.pad(labels, (0, shift), value=ignore_index)[..., shift:] if shift else labels
+    rows = logits.float().view(-1, logits.shape[-1])
+    out = rows.cross_entropy(
+        target.reshape(-1).to(logits.device), ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
+        z_loss=z_loss, return_stats=return_stats,
+    )  # fmt: skip
+    if not return_stats:
+        return out.reshape(labels.shape) if reduction == "none" else out
+    loss, stats = out
+    shaped = stats._replace(lse=stats.lse.reshape(labels.shape), correct=stats.correct.reshape(labels.shape))
+    return (loss.reshape(labels.shape) if reduction == "none" else loss), shaped
