@@ -17,7 +17,8 @@ pytestmark = pytest.mark.filterwarnings("ignore", "error::bigclass.LogitsWarning
 
 # In every run: tied and untied heads, soft caps, scales, class biases, state spaces, experts, encoder-decoders, masked, images, speech.
 REPRESENTATIVE = (
-    ("llama", "LlamaForCausalLM"), ("gpt2", "GPT2LMHeadModel"), ("gemma2", "Gemma2ForCausalLM"), ("gemma3", "Gemma3ForConditionalGeneration"),
+    ("llama", "LlamaForCausalLM"), ("gpt2", "GPT2LMHeadModel"), ("gemma2", "Gemma2ForCausalLM"),
+    ("gemma3", "Gemma3ForConditionalGeneration"),
     ("cohere", "CohereForCausalLM"), ("granite", "GraniteForCausalLM"), ("falcon_h1", "FalconH1ForCausalLM"), ("mamba", "MambaForCausalLM"),
     ("qwen3_moe", "Qwen3MoeForCausalLM"), ("gpt_oss", "GptOssForCausalLM"), ("deepseek_v3", "DeepseekV3ForCausalLM"),
     ("phi", "PhiForCausalLM"), ("opt", "OPTForCausalLM"), ("bloom", "BloomForCausalLM"), ("gpt_neox", "GPTNeoXForCausalLM"),

@@ -38,10 +38,9 @@ _PLACE = "_bigclass_conversion"  # on the model
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert_head` did: the head's options, and the modules whose loss function is streamed."""
+    """What `convert_head` did. losses: the modules whose loss function is streamed, and whether one was set on them before."""
 
-    options: dict[str, Any]
-    losses: tuple[str, ...]
+    losses: dict[str, bool]
 
 
 def convert_head(model: Any, **options: Any) -> Any:
@@ -54,18 +53,19 @@ def convert_head(model: Any, **options: Any) -> Any:
     head = output_head(model)
     of_loss = {name: value for name, value in options.items() if name in OF_LOSS and value}
     losses = _modules_with_loss(model)
-    if of_loss and not any(_calls_loss_function(module) for _, module in losses):
+    if of_loss and not losses:
         raise ArgumentError(
             f"{next(iter(of_loss))}: {type(model).__name__} computes its loss by itself, not by its loss_function, so there is no place "
             "for it; leave it out, or take the loss from the model's lazy logits: "
             "bigclass.integrations.transformers.lm_loss(model(**inputs).logits, labels, ...)"
         )
     restore_head(model)
-    _adopt(head, {name: value for name, value in options.items() if name in OF_HEAD})
+    _adopt(head, options)
+    done = Conversion({name: "_loss_function" in module.__dict__ for name, module in losses})
     for _, module in losses:
         module.loss_function = StreamedLoss(module.loss_function, **of_loss)
     model.set_output_embeddings = SetOutputEmbeddings(model, options)
-    setattr(model, _PLACE, Conversion(dict(options), tuple(name for name, _ in losses)))
+    setattr(model, _PLACE, done)
     return model
 
 
@@ -79,7 +79,7 @@ def restore_head(model: Any) -> Any:
     for name in done.losses:
         module = model.get_submodule(name)
         original = module.__dict__.pop("_loss_function").original
-        if original is not type(module).loss_function.fget(module):  # it was the user's own
+        if done.losses[name]:
             module.loss_function = original
     model.__dict__.pop("set_output_embeddings", None)
     return model
@@ -177,7 +177,9 @@ def head_options(model: Any, **inputs: Any) -> dict[str, float]:
     name = type(bare).__name__
     if not isinstance(logits, LazyLogits):
         raise ArgumentError(f"model: {name} returned {type(logits).__name__} for its logits, so they cannot be read")
-    s = logits.stream
+    s, own = logits.stream, output_head(model).bias
+    if s.bias is not None and (s.bias if own is None else s.bias - own).count_nonzero():
+        raise ArgumentError(f"model: {name} adds a class bias of its own to its logits, which is no option of a head; use its lazy logits")
     return _options_of(s.scale, s.maps, name)
 
 
@@ -205,7 +207,7 @@ class SetOutputEmbeddings:
         assert model is not None, "it is an attribute of the model"
         type(model).set_output_embeddings(model, new_embeddings)
         if is_plain_linear(model.get_output_embeddings()):
-            _adopt(model.get_output_embeddings(), {k: v for k, v in self.options.items() if k in OF_HEAD})
+            _adopt(model.get_output_embeddings(), self.options)
 
     def __reduce__(self) -> tuple:
         return SetOutputEmbeddings, (self._model(), self.options)
@@ -234,13 +236,5 @@ def _release(head: Any) -> None:
 
 
 def _modules_with_loss(model: PreTrainedModel) -> list[tuple[str, Any]]:
-    """The model and the models inside it whose loss over a vocabulary is transformers' own."""
+    """The model and the models inside it whose forward calls transformers' own loss over a vocabulary."""
     return [(name, m) for name, m in model.named_modules() if isinstance(m, PreTrainedModel) and streams(m)]
-
-
-def _calls_loss_function(module: Any) -> bool:
-    """Does its forward call `self.loss_function`?"""
-    forward = type(module).forward
-    while hasattr(forward, "__wrapped__"):
-        forward = forward.__wrapped__
-    return "loss_function" in forward.__code__.co_names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -21,10 +22,20 @@ _SHIFTS = {ForCausalLMLoss: True, ForMaskedLMLoss: False}
 
 
 def streams(model: Any) -> bool:
-    """Is the model's loss function one that `StreamedLoss` computes? (Asked without the property, which warns of unknown types.)"""
+    """Does the model's forward call a loss function that `StreamedLoss` computes? (Asked without the property, which may warn.)"""
     own = model.__dict__.get("_loss_function")
     own = own.original if isinstance(own, StreamedLoss) else own
-    return (own or LOSS_MAPPING.get(getattr(model, "loss_type", None))) in _SHIFTS
+    # what the property falls back on is the causal loss
+    return (own or LOSS_MAPPING.get(getattr(model, "loss_type", None), ForCausalLMLoss)) in _SHIFTS and _calls_loss_function(type(model))
+
+
+def _calls_loss_function(cls: type) -> bool:
+    """Is `self.loss_function` named in its forward, or in one that it inherits?"""
+    for forward in (base.__dict__["forward"] for base in cls.__mro__ if "forward" in base.__dict__):
+        code = getattr(inspect.unwrap(forward), "__code__", None)
+        if code is not None and "loss_function" in code.co_names:
+            return True
+    return False
 
 
 class StreamedLoss:
