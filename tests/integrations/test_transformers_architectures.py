@@ -85,6 +85,8 @@ def generated(model: Any) -> torch.Tensor | None:
 
 @pytest.mark.parametrize(("model_type", "name"), REPRESENTATIVE, ids=[name for _, name in REPRESENTATIVE])
 def test_a_converted_model_computes_what_it_did(model_type, name):
+    if not hasattr(transformers, name):
+        pytest.skip(f"this version of transformers has no {name}")
     model = tiny(model_type, name)
     compare(model)
     before = generated(model)
