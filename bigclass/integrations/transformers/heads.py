@@ -235,7 +235,8 @@ def _release(head: Any) -> None:
 
 def _modules_with_loss(model: PreTrainedModel) -> list[tuple[str, Any]]:
     """The model and the models inside it whose loss over a vocabulary is transformers' own."""
-    return [(name, m) for name, m in model.named_modules() if isinstance(m, PreTrainedModel) and streams(m)]
+    own = _calls_loss_function(model)
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, PreTrainedModel) and streams(m, own and m is model)]
 
 
 def _calls_loss_function(module: Any) -> bool:

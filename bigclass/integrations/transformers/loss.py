@@ -20,11 +20,14 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss, ForMaske
 _SHIFTS = {ForCausalLMLoss: True, ForMaskedLMLoss: False}
 
 
-def streams(model: Any) -> bool:
-    """Is the model's loss function one that `StreamedLoss` computes? (Asked without the property, which warns of unknown types.)"""
+def streams(model: Any, unknown: bool) -> bool:
+    """Is the model's loss function one that `StreamedLoss` computes? (Asked without the property, which warns of unknown types.)
+
+    unknown: is one of unknown type? It is the causal one (GPT2LMHeadModel's, say).
+    """
     own = model.__dict__.get("_loss_function")
     own = own.original if isinstance(own, StreamedLoss) else own
-    return (own or LOSS_MAPPING.get(getattr(model, "loss_type", None))) in _SHIFTS
+    return (own or LOSS_MAPPING.get(getattr(model, "loss_type", None), ForCausalLMLoss if unknown else None)) in _SHIFTS
 
 
 class StreamedLoss:
@@ -38,13 +41,18 @@ class StreamedLoss:
             original = original.original
         self.original, self.label_smoothing, self.z_loss = original, label_smoothing, z_loss
 
+    @property
+    def shift(self) -> int:
+        """As in `lm_loss`."""
+        return int(_SHIFTS[self.original])
+
     def __call__(
         self, logits: Any, labels: Tensor | None, vocab_size: int | None = None, num_items_in_batch: Tensor | int | None = None,
         ignore_index: int = -100, shift_labels: Tensor | None = None, **kwargs: Any,
     ) -> Tensor:  # fmt: skip
         if not isinstance(logits, LazyLogits):
             return self.original(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels=shift_labels, **kwargs)
-        target, shift = (labels, 1 if _SHIFTS[self.original] else 0) if shift_labels is None else (shift_labels, 0)
+        target, shift = (labels, self.shift) if shift_labels is None else (shift_labels, 0)
         loss = lm_loss(
             logits, target, shift=shift, reduction="mean" if num_items_in_batch is None else "sum", ignore_index=ignore_index,
             label_smoothing=self.label_smoothing, z_loss=self.z_loss,
