@@ -71,19 +71,19 @@ def perplexity(model: Any, batches: Iterable[Mapping[str, Any] | Tensor], *, shi
 
 def _token_losses(model: Any, input_ids: Tensor, labels: Tensor | None, shift: int | None, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """The losses (B, T), and the mask of the labels (...) that are predicted."""
-    bare = base_model(model)
-    shift = _shift_of(bare) if shift is None else shift
-    encodes = bare.config.is_encoder_decoder
-    if labels is None:
-        if shift == 0 or encodes:
-            raise ArgumentError(f"labels: expected, since {type(bare).__name__} does not predict its next input ids; got None")
-        mask = inputs.get("attention_mask")
-        labels = input_ids if mask is None or mask.shape != input_ids.shape else input_ids.masked_fill(mask == 0, IGNORED)
-    if encodes and "decoder_input_ids" not in inputs:
-        inputs = {**inputs, "decoder_input_ids": bare.prepare_decoder_input_ids_from_labels(labels=labels)}
-    if "use_cache" in inspect.signature(bare.forward).parameters:
-        inputs = {"use_cache": False, **inputs}  # nothing is generated
     with torch.no_grad(), loss_only(model), _evaluating(model):
+        bare = base_model(model)
+        shift = _shift_of(bare) if shift is None else shift
+        encodes = bare.config.is_encoder_decoder
+        if labels is None:
+            if shift == 0 or encodes:
+                raise ArgumentError(f"labels: expected, since {type(bare).__name__} does not predict its next input ids; got None")
+            mask = inputs.get("attention_mask")
+            labels = input_ids if mask is None or mask.shape != input_ids.shape else input_ids.masked_fill(mask == 0, IGNORED)
+        if encodes and "decoder_input_ids" not in inputs:
+            inputs = {**inputs, "decoder_input_ids": bare.prepare_decoder_input_ids_from_labels(labels=labels)}
+        if "use_cache" in inspect.signature(bare.forward).parameters:
+            inputs = {"use_cache": False, **inputs}  # nothing is generated
         losses = lm_loss(model(input_ids=input_ids, **inputs).logits, labels, shift=shift, reduction="none", ignore_index=IGNORED)
     return losses, labels[..., shift:] != IGNORED
 
