@@ -1,5 +1,6 @@
 """Every example runs as a user would run it, and shows what it promises."""
 
+import json
 import os
 import re
 import struct
@@ -8,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from tests.support import error
 
 ROOT = Path(__file__).parents[2]
 SHARED = {"patches.py"}  # what examples import, and nobody runs
@@ -16,11 +20,22 @@ EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py") if path
 
 def run(name: str, *options: str, folder: Path) -> str:
     """What the example prints; it must end well."""
+    return run_together([sys.executable, str(ROOT / "examples" / name), *options], folder=folder)[0]
+
+
+def run_together(*commands: list[str], folder: Path) -> list[str]:
+    """What these commands print, side by side; all must end well."""
     # From another folder, with the repository as the only path: nothing may depend on where it is started.
-    command = [sys.executable, str(ROOT / "examples" / name), *options]
-    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    pipe = subprocess.PIPE
+    started = [subprocess.Popen(command, cwd=folder, env=environment(), stdout=pipe, stderr=pipe, text=True) for command in commands]
+    try:
+        made = [process.communicate(timeout=120) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    for process, (_, errors) in zip(started, made, strict=True):
+        assert process.returncode == 0, errors
+    return [printed for printed, _ in made]
 
 
 def environment() -> dict[str, str]:
@@ -28,7 +43,10 @@ def environment() -> dict[str, str]:
 
 
 def test_every_example_has_its_test():
-    assert EXAMPLES == ["clip.py", "extreme_labels.py", "frozen_features.py", "margin_verification.py", "timm_patches.py"]
+    assert EXAMPLES == [
+        "clip.py", "extreme_labels.py", "finetune.py", "frozen_features.py", "margin_verification.py", "pretrain_fsdp2.py",
+        "timm_patches.py",
+    ]  # fmt: skip
 
 
 def test_frozen_features_learns(tmp_path):
@@ -103,6 +121,66 @@ def test_clip_names_captions_it_never_saw_and_plots(tmp_path):
     assert trained["... its place"] > 70 and trained["... its first colour"] > 60
     assert re.search(r"│ +1,024 │ +[\d,]+ MiB │ +[\d,]+ MiB │ +[\d.]+ s │ +[\d.]+ s │", printed)
     assert (tmp_path / "new folder" / "plot.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_finetune_adapts_streamed_as_dense_whole_and_by_lora(tmp_path):
+    for package in ("transformers", "accelerate", "tokenizers", "peft"):
+        pytest.importorskip(package)
+    command = [sys.executable, str(ROOT / "examples" / "finetune.py"), "--lora", "--vocab", "3000", "--text", "200000", "--width", "32"]
+    command += ["--first", "16", "--steps", "16", "--context", "32", "--rate", "0.05"]
+    streamed, dense = run_together(command, [*command, "--dense"], folder=tmp_path)
+    told = []
+    for printed in (streamed, dense):
+        losses = [[float(v) for v in line.split()] for line in re.findall(r"training loss (.+)", printed)]
+        perplexities = re.findall(r"perplexity of unseen prose: ([\d,.]+) before, ([\d,.]+) after", printed)
+        told.append((losses, [[float(v.replace(",", "")) for v in pair] for pair in perplexities]))
+    for one, other in zip(*told, strict=True):
+        assert len(one) == len(other) == 2  # the first training, and LoRA
+        assert one == [pytest.approx(stage, rel=2e-3) for stage in other]
+    (untrained, base), (same, adapted) = told[0][1]
+    assert adapted < same == base < 0.95 * untrained  # the base is hardly trained here, so adapters on it do little
+    assert re.search(r"LoRA: [\d,]+ parameters are trained", streamed)
+    assert streamed.count("one matrix of a batch's dense logits 3 MiB") == 2
+
+
+def test_pretraining_on_two_ranks_and_resumed_on_one_is_that_of_one_process(tmp_path):
+    """Pitfall 41: tokens lie unevenly over ranks, and in the second step rank 1 has none."""
+    pytest.importorskip("transformers")
+    if not torch.distributed.is_available():
+        pytest.skip("this torch has no torch.distributed")
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    g = torch.Generator().manual_seed(1)
+    ids = torch.randint(300, (16, 24), generator=g)
+    labels = ids.masked_fill(torch.rand(16, 24, generator=g) < torch.rand(16, 1, generator=g), -100)
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
+    labels[order[[5, 7]]] = -100  # samples of the second step: 4 and 6 of rank 0, 5 and 7 of rank 1
+    torch.save({"input_ids": ids, "labels": labels}, tmp_path / "data.pt")
+
+    script = str(ROOT / "examples" / "pretrain_fsdp2.py")
+    options = ["--device", "cpu", "--dtype", "float32", "--data", "data.pt", "--vocab", "300", "--width", "32", "--layers", "2", "--tie"]
+    options += ["--context", "24", "--steps", "6", "--warmup", "2", "--rate", "0.01", "--z-loss", "0.001"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    printed = run_together(
+        [sys.executable, script, *options, "--batch", "2", "--figures", "one.json", "--checkpoints", "one"],
+        [*launch, script, *options, "--until", "3", "--figures", "two.json", "--checkpoints", "two"],
+        folder=tmp_path,
+    )
+    assert "parameters on 2 ranks, from step 0" in printed[1]
+    resumed = run("pretrain_fsdp2.py", *options, "--batch", "2", "--figures", "two.json", "--checkpoints", "two", folder=tmp_path)
+    assert "parameters on 1 ranks, from step 3" in resumed
+    assert re.search(r"step +6  loss +[\d.]+  norm +[\d.]+  rate [\de.-]+  [\d,]+ tokens/s", resumed)
+
+    one, two = ([json.loads(line) for line in (tmp_path / name).read_text().splitlines()] for name in ("one.json", "two.json"))
+    for name in ("step", "loss", "norm", "rate", "predicted"):
+        assert [made[name] for made in two] == pytest.approx([made[name] for made in one], rel=1e-5)
+    weights = []
+    for name in ("one", "two"):
+        dcp_to_torch_save(tmp_path / name / "step-00000006", tmp_path / f"{name}.pt")
+        weights.append(torch.load(tmp_path / f"{name}.pt", weights_only=False)["model"])
+    assert weights[0].keys() == weights[1].keys()
+    for name, weight in weights[0].items():
+        assert error(weights[1][name], weight) < 1e-5
 
 
 def test_a_missing_package_is_named_with_its_command(tmp_path):

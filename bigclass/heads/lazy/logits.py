@@ -385,7 +385,7 @@ def _is_gone(w: Tensor) -> bool:
 
 
 def _versions(stream: Stream) -> tuple[int, ...]:
-    return tuple(t._version for t in stream.tensors)
+    return tuple(0 if t.is_inference() else t._version for t in stream.tensors)  # made under inference_mode they have none
 
 
 def _promoted(dtype: torch.dtype, other: Any) -> torch.dtype:

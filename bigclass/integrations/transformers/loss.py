@@ -49,13 +49,18 @@ class StreamedLoss:
             original = original.original
         self.original, self.label_smoothing, self.z_loss = original, label_smoothing, z_loss
 
+    @property
+    def shift(self) -> int:
+        """As in `lm_loss`."""
+        return int(_SHIFTS[self.original])
+
     def __call__(
         self, logits: Any, labels: Tensor | None, vocab_size: int | None = None, num_items_in_batch: Tensor | int | None = None,
         ignore_index: int = -100, shift_labels: Tensor | None = None, **kwargs: Any,
     ) -> Tensor:  # fmt: skip
         if not isinstance(logits, LazyLogits):
             return self.original(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels=shift_labels, **kwargs)
-        target, shift = (labels, 1 if _SHIFTS[self.original] else 0) if shift_labels is None else (shift_labels, 0)
+        target, shift = (labels, self.shift) if shift_labels is None else (shift_labels, 0)
         loss = lm_loss(
             logits, target, shift=shift, reduction="mean" if num_items_in_batch is None else "sum", ignore_index=ignore_index,
             label_smoothing=self.label_smoothing, z_loss=self.z_loss,
