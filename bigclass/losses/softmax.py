@@ -107,20 +107,20 @@ def sparse_row_loss(folds, picked, args, numbers):
     rest = log_sum_exp(folds[0])
     factor = iter(args)
     s = torch.where(next(factor) > 0, certain_is_nan(picked), torch.finfo(picked.dtype).min)
-    others = _others(rest, s)
-    loss = (next(factor) * -F.logsigmoid(s - others)).sum(1)  # F.softplus would drop e^-20
-    lse = torch.logaddexp(others[:, 0], s[:, 0]) if floor or z else rest
+    apart = others(rest, s)
+    loss = (next(factor) * -F.logsigmoid(s - apart)).sum(1)  # F.softplus would drop e^-20
+    lse = torch.logaddexp(apart[:, 0], s[:, 0]) if floor or z else rest
     if floor:
         loss = loss + (next(factor) * lse - next(factor) * folds[1][0])
     if poly:
-        p_t = (next(factor) * torch.sigmoid(s - others)).sum(1) + numbers[3]
+        p_t = (next(factor) * torch.sigmoid(s - apart)).sum(1) + numbers[3]
         loss = loss + next(factor) * (1.0 - p_t)
     if z:
         loss = loss + next(factor) * lse.square()
     return loss
 
 
-def _others(rest: Tensor, s: Tensor) -> Tensor:
+def others(rest: Tensor, s: Tensor) -> Tensor:
     """(N, K): the log-sum-exp of rest (N,) and of every column of s (N, K) but the k-th."""
     before = torch.cat((rest.clamp_min(torch.finfo(s.dtype).min).unsqueeze(1), s[:, :-1]), 1).logcumsumexp(1)
     if s.shape[1] == 1:
