@@ -11,7 +11,7 @@ from bigclass.core.folds import LogSumExp, ShiftedMoment, State, entropy, log_su
 from bigclass.core.op import reduce_logits
 from bigclass.core.topk import TopK
 from bigclass.losses.inputs import check_index, check_linear, check_range, kept_rows, make_stream, shifted
-from bigclass.losses.softmax import certain_is_nan, others
+from bigclass.losses.softmax import beside_largest, certain_is_nan, others
 
 
 def linear_logsumexp(
@@ -108,12 +108,12 @@ def linear_log_prob(
     check_range("index", picks, used, classes)
     picks = torch.where(used, torch.where(picks < 0, classes, picks), -1)
     keep = kept_rows(picks.amax(1), -1) if picks.shape[1] else None
-    distinct, place = (picks, None) if picks.shape[1] == 1 else _distinct(picks)
+    asked, place = (picks, None) if picks.shape[1] == 1 else distinct(picks)
     stream = make_stream(input, linear_weight, linear_bias, softcap, logit_scale, float(temperature))
     folds = (LogSumExp(exclude_picks=True), *((ShiftedMoment(),) if return_entropy else ()))
-    states, picked = reduce_logits(stream, distinct, folds, keep=keep, engine=engine)
+    states, picked = reduce_logits(stream, asked, folds, keep=keep, engine=engine)
     assert picked is not None
-    logp = _log_prob(states[0], picked, distinct >= 0)
+    logp = log_probs(states[0], picked, asked >= 0)
     logp = logp if place is None else logp.gather(1, place)
     logp = torch.where(picks >= 0, logp, 0.0).reshape(index.shape)
     logp = logp if cut is None else logp.narrow(axis, 0, cut)
@@ -237,25 +237,21 @@ def _check_rows(index: Tensor, lead: torch.Size) -> None:
         raise ArgumentError(f"index: expected shape {tuple(lead)} or {tuple(lead)} + (K,), got {tuple(index.shape)}")
 
 
-def _distinct(picks: Tensor) -> tuple[Tensor, Tensor]:
+def distinct(picks: Tensor) -> tuple[Tensor, Tensor]:
     """(picks (N, K) with no class twice in a row, -1 in place of repeats; (N, K) where among them each given pick stands)."""
     ordered, order = picks.sort(1)
-    repeated = F.pad(ordered[:, 1:] == ordered[:, :-1], (min(1, picks.shape[1]), 0), value=False)
+    repeated = ordered == F.pad(ordered[:, :-1], (1, 0), value=-1)  # numbers are padded: of marks Inductor makes C++ that is none
     first = torch.arange(picks.shape[1], device=picks.device).expand_as(picks).masked_fill(repeated, 0)
     first = first.cummax(1).values if picks.shape[1] else first
     return ordered.masked_fill(repeated, -1), torch.zeros_like(order).scatter(1, order, first)
 
 
-def _log_prob(rest: State, picked: Tensor, there: Tensor) -> Tensor:
+def log_probs(rest: State, picked: Tensor, there: Tensor) -> Tensor:
     """(N, K) log p of the picks that are there; rest: the `LogSumExp` of a row's logits without them."""
-    m, log_l = rest[0].unsqueeze(-1), log_sum(rest).unsqueeze(-1)
     s = certain_is_nan(picked)
     if picked.shape[1] == 1:
-        return F.logsigmoid((s - m) - log_l)
+        return F.logsigmoid((s - rest[0].unsqueeze(1)) - log_sum(rest).unsqueeze(1))
     least = torch.finfo(picked.dtype).min
-    s = torch.where(there, s, least)
-    # beside the largest logit, not as they are: sums of them would be rounded to their size
-    top = torch.maximum(m, s.detach().amax(1, keepdim=True)) if picked.shape[1] else m
-    top = top.masked_fill(top <= least, torch.nan)  # every logit -inf: as in torch
-    s = s - top
-    return F.logsigmoid(s - others(((m - top) + log_l).squeeze(1), s))
+    s, apart, top = beside_largest(rest, torch.where(there, s, least))
+    s = s.masked_fill((top <= least).unsqueeze(1), torch.nan)  # every logit -inf: as in torch
+    return F.logsigmoid(s - others(apart, s))
