@@ -171,9 +171,9 @@ def main() -> None:
 
     if "grpo" in options.method:
         policy, rewards = Policy(model), []
-        optimizer = torch.optim.AdamW(policy.parameters(), 3e-4)
+        optimizer = torch.optim.AdamW(policy.parameters(), 5e-4)
         for step in range(1, options.steps + 1):
-            prompts = batch()[: options.batch // group, :PROMPT].repeat_interleave(group, 0)  # a group of lines from each
+            prompts = batch()[: max(options.batch // 3, 1), :PROMPT].repeat_interleave(group, 0)  # a group of lines from each
             ids = write(policy, prompts, length)
             texts = [" ".join(tokens[i] for i in line if i not in (PAD, END)) for line in ids.tolist()]
             reward = torch.tensor([float(parses(text)) for text in texts])
