@@ -23,8 +23,9 @@ from bigclass.integrations import convert_head, restore_head
 from bigclass.losses.contrastive import contrastive_loss, sigmoid_contrastive_loss
 from bigclass.losses.cross_entropy import linear_cross_entropy, linear_poly_cross_entropy
 from bigclass.losses.elementwise import ElementwiseLoss, register_elementwise_loss
-from bigclass.losses.log_prob import linear_log_prob, linear_logsumexp, linear_topk
+from bigclass.losses.log_prob import linear_log_prob, linear_logsumexp, linear_sequence_log_prob, linear_topk
 from bigclass.losses.margin import linear_margin_loss
+from bigclass.losses.multi_token import linear_multi_token_cross_entropy
 from bigclass.losses.multilabel import (
     TopClasses,
     linear_asymmetric_loss,
@@ -70,7 +71,9 @@ __all__ = [
     "linear_log_prob",
     "linear_logsumexp",
     "linear_margin_loss",
+    "linear_multi_token_cross_entropy",
     "linear_poly_cross_entropy",
+    "linear_sequence_log_prob",
     "linear_squared_hinge_loss",
     "linear_topk",
     "linear_zlpr_loss",

@@ -348,8 +348,6 @@ class _Entropy(torch.autograd.Function):
     dH/dl = (t + l) / (1 + l)^2 in one piece: autograd's is a difference of two numbers near 1.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(l, t):  # noqa: E741
         return torch.log1p(l) - (t + l) / (1.0 + l)
@@ -368,6 +366,12 @@ class _Entropy(torch.autograd.Function):
         by_l, by_t = _Entropy.slopes(*ctx.saved_tensors)
         return g * by_l, g * by_t
 
+
+class _TransformableEntropy(_Entropy):
+    """The same for forward mode and vmap, whose methods no traced graph takes."""
+
+    generate_vmap_rule = True
+
     @staticmethod
     def jvp(ctx, dl, dt):
         by_l, by_t = _Entropy.slopes(*ctx.saved_tensors)
@@ -377,7 +381,8 @@ class _Entropy(torch.autograd.Function):
 def entropy(state: State) -> Tensor:
     """The entropy (nats) of softmax(s) from a `ShiftedMoment` state; NaN where every logit is -inf."""
     m, l, t = state  # noqa: E741
-    return _Entropy.apply(l, t).masked_fill(m == -math.inf, math.nan)
+    form = _Entropy if torch.compiler.is_compiling() else _TransformableEntropy
+    return form.apply(l, t).masked_fill(m == -math.inf, math.nan)
 
 
 @dataclass(frozen=True, eq=False)

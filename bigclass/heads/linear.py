@@ -7,6 +7,8 @@ returns the loss, as a *forward*, so that the hooks of FSDP2 and ZeRO-3 run.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeGuard
 
 import torch
@@ -21,7 +23,8 @@ from bigclass.core.updates import SlabUpdate
 from bigclass.heads.lazy import LazyLogits, lazy_logits
 from bigclass.losses.cross_entropy import linear_cross_entropy
 from bigclass.losses.inputs import check_tensor
-from bigclass.losses.log_prob import linear_topk
+from bigclass.losses.log_prob import linear_log_prob, linear_sequence_log_prob, linear_topk
+from bigclass.losses.multi_token import linear_multi_token_cross_entropy
 from bigclass.losses.targets import SparseTarget
 
 
@@ -209,6 +212,10 @@ class LMHead(LinearHead):
 
     softcap and logit_scale are part of the logits; label_smoothing, z_loss and ignore_index are of `head(hidden, labels)`.
 
+    `head.log_prob(hidden, index)` and `head.sequence_log_prob(hidden, labels)` give log-probabilities for policy and preference training,
+    `head.multi_token_loss(features, labels)` the loss of features that predict several tokens ahead. All are forwards of the module, so
+    hooks run.
+
     Tied embeddings: `head.tie(embedding)` makes the embedding's weight the head's own parameter.
 
     Example:
@@ -237,9 +244,35 @@ class LMHead(LinearHead):
         self.weight = embedding.weight
         return self
 
+    def log_prob(
+        self, hidden: Tensor, index: Tensor, *, shift: int | None = None, temperature: float = 1.0, return_entropy: bool = False
+    ) -> Any:
+        """log p of index (..., T) or (..., T, K) and, if asked, the entropy (..., T), as `linear_log_prob` gives them.
+
+        shift: instead of the head's: with 1 position t's features are scored at index[t + 1], and the results have T - 1 positions."""
+        shift = self.shift if shift is None else shift
+        return self(hidden, index, by=partial(linear_log_prob, shift=shift, temperature=temperature, return_entropy=return_entropy))
+
+    def sequence_log_prob(
+        self, hidden: Tensor, labels: Tensor, *, shift: int | None = None, average: bool = False, temperature: float = 1.0
+    ) -> Tensor:
+        """log p of whole sequences (...): the sum (average: the mean) over the labels (..., T) that count: `linear_sequence_log_prob`."""
+        shift = self.shift if shift is None else shift
+        return self(hidden, labels, by=partial(linear_sequence_log_prob, shift=shift, average=average, temperature=temperature))
+
+    def multi_token_loss(
+        self, features: Tensor | Sequence[Tensor], labels: Tensor, shifts: Sequence[int] = (1, 2, 3), **options: Any
+    ) -> Any:
+        """The loss of `linear_multi_token_cross_entropy` under this one head, with its label_smoothing and z_loss.
+
+        features: K times (..., T, D), or one tensor of them (K, ..., T, D); or (..., T, D) for all shifts.
+        options: loss_weights, return_losses. Heads of their own are as many `LMHead`s: the sum of head_k(features_k, labels, shift=k)."""
+        own = {"label_smoothing": self.label_smoothing, "z_loss": self.z_loss}
+        return self(features, labels, by=partial(linear_multi_token_cross_entropy, shifts=shifts, **own, **options))
+
     def forward(
         self,
-        hidden: Tensor,
+        hidden: Any,
         labels: Tensor | None = None,
         *,
         shift: int | None = None,
@@ -247,11 +280,18 @@ class LMHead(LinearHead):
         reduction: str = "mean",
         return_stats: bool = False,
         update: SlabUpdate | None = None,
+        by: Callable | None = None,
     ):  # type: ignore[override]
         """Logits (..., T, C) without labels (lazy in training); with labels (..., T) the loss of `linear_cross_entropy`.
 
         shift: instead of the head's. update: takes the weight's gradient slab by slab; not of a weight that another layer uses too
-        (tied embeddings), whose gradient comes in parts."""
+        (tied embeddings), whose gradient comes in parts. by: a function of the layer and the labels to compute in place of that loss, of
+        itself alone (`log_prob` and others come through here: wrappers gather the weight around a forward only)."""
+        if by is not None:
+            return by(
+                hidden, self.weight, labels, linear_bias=self.bias, softcap=self.softcap, logit_scale=self.logit_scale,
+                ignore_index=self.ignore_index, engine=self.engine,
+            )  # fmt: skip
         if labels is None:
             return self._output(hidden)
         check_tensor("labels", labels)

@@ -15,7 +15,7 @@ from bigclass.core.errors import ArgumentError, ArgumentTypeError
 from bigclass.core.plan import Work, choose_engine
 from bigclass.core.stream import Stream
 from bigclass.core.updates import SlabUpdate
-from bigclass.losses.inputs import check_index, check_linear, check_tensor, make_stream
+from bigclass.losses.inputs import check_index, check_linear, check_tensor, make_stream, shifted
 from bigclass.losses.softmax import Options, Stats, Task, finish
 from bigclass.losses.targets import SparseTarget
 
@@ -253,7 +253,7 @@ class Arguments:
         if target.dim() > len(lead):
             rows = target.reshape(-1, stream.shape[1])
             return finish([Task(stream, rows, self.options)], lead, self.reduction, self.return_stats)
-        target, cut = _shifted(target, self.shift, self.options.ignore_index)
+        target, cut = shifted("target", target, self.shift, self.options.ignore_index)
         out: Any = finish([Task(stream, target.reshape(-1), self.options)], lead, self.reduction, self.return_stats)
         return out if cut is None else _cut(out, cut, self.reduction, self.return_stats)
 
@@ -296,20 +296,6 @@ def _small(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, tar
     if reduction == "none":
         return nll.reshape(target.shape)
     return nll.mean() if reduction == "mean" else nll.sum()
-
-
-def _shifted(target: Tensor, shift: int, ignore_index: int) -> tuple[Tensor, int | None]:
-    """(target of each position, number of positions that have one): labels moved by `shift` to the left, the rest ignored."""
-    if isinstance(shift, float) or shift < 0:
-        raise ArgumentError(f"shift: expected an integer >= 0, got {shift}")
-    shift = int(shift)
-    if not shift:
-        return target, None
-    if target.dim() < 1:
-        raise ArgumentError("shift: needs a sequence axis: input (..., T, D) with target (..., T)")
-    length = target.shape[-1]
-    shift = min(shift, length)
-    return F.pad(target[..., shift:], (0, shift), value=ignore_index), length - shift
 
 
 def _cut(out, positions: int, reduction: str, return_stats: bool):

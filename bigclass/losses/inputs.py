@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bigclass.core.errors import ArgumentError, ArgumentTypeError
@@ -125,3 +126,17 @@ def kept_rows(index: Tensor, ignore_index: int) -> Tensor | None:
     if not torch.compiler.is_compiling() and index.device.type == "cpu" and bool(keep.all()):
         return None
     return keep
+
+
+def shifted(name: str, index: Tensor, shift: int, ignore_index: int, axis: int = -1) -> tuple[Tensor, int | None]:
+    """(index of each position, number of positions that have one): moved by `shift` to the left along the axis, the rest ignored."""
+    if isinstance(shift, bool) or not isinstance(shift, int | torch.SymInt) or shift < 0:
+        raise ArgumentError(f"shift: expected an integer >= 0, got {shift!r}")
+    if not shift:
+        return index, None
+    if index.dim() < -axis:
+        raise ArgumentError(f"shift: needs a sequence axis: input (..., T, D) with {name} (..., T)")
+    length = index.shape[axis]
+    shift = min(shift, length)
+    moved = index.narrow(axis, shift, length - shift)
+    return F.pad(moved, (*[0] * (-2 - 2 * axis), 0, shift), value=ignore_index), length - shift

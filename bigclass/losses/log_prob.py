@@ -1,4 +1,4 @@
-"""Log-sum-exp, selected log-probabilities, entropy and top-k of a linear layer, as functions of their own."""
+"""Log-sum-exp, log-probabilities of selected classes and of sequences, entropy and top-k of a linear layer, as functions of their own."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigclass.core.errors import ArgumentError, ArgumentTypeError
-from bigclass.core.folds import LogSumExp, ShiftedMoment, entropy, log_sum, log_sum_exp
+from bigclass.core.folds import LogSumExp, ShiftedMoment, State, entropy, log_sum, log_sum_exp
 from bigclass.core.op import reduce_logits
 from bigclass.core.topk import TopK
-from bigclass.losses.inputs import check_index, check_linear, check_range, kept_rows, make_stream
+from bigclass.losses.inputs import check_index, check_linear, check_range, kept_rows, make_stream, shifted
+from bigclass.losses.softmax import beside_largest, certain_is_nan, others
 
 
 def linear_logsumexp(
@@ -59,6 +60,7 @@ def linear_log_prob(
     linear_weight: Tensor,
     index: Tensor,
     *,
+    shift: int = 0,
     temperature: float = 1.0,
     return_entropy: bool = False,
     linear_bias: Tensor | None = None,
@@ -70,18 +72,22 @@ def linear_log_prob(
     r"""log p(index) under softmax(s / temperature) and, if asked, the exact entropy. Both differentiable.
 
     For policy gradients, DPO, GRPO: one forward pass over the classes gives both. log p never exceeds 0, and near-certain
-    choices keep their digits: with one index a row, log p = log sigmoid(s - LSE without the index), which does not cancel.
+    choices keep their digits: log p_k = log sigmoid(s_k - LSE of all but k), which does not cancel.
 
     Args:
         input: (..., D). linear_weight: (C, D). linear_bias: (C,).
-        index: (...) or (..., K) class indices, int64 or int32.
+        index: (...) or (..., K) class indices, int64 or int32; an index may stand several times in a row.
+        shift: k > 0 scores position t's features at index[t + k] (the axis T is the last of (..., T), or of the leading ones of
+            (..., T, K)), as in `linear_cross_entropy`, without slicing copies. The results have T - k positions.
         temperature: > 0; divides the (soft-capped) logits.
         return_entropy: also return the entropy of each row in nats, (...).
-        ignore_index: where index has this value, log p is 0. Of a single index a row: its entropy too, and the row contributes nothing.
+        ignore_index: where index has this value, log p is 0. A row without any other index contributes nothing, not even if it holds NaN,
+            and its entropy is 0.
         softcap, logit_scale, engine: as in `linear_cross_entropy`.
 
     Returns:
         log-probabilities in index's shape, fp32 (float64 for float64 inputs); with return_entropy: (log-probabilities, entropy).
+        Their gradients, of rows and not of one sum, make the logits again (8NCD flops in all) and take little memory.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or values that do not fit. IndexError: an index outside [0, C).
@@ -94,27 +100,80 @@ def linear_log_prob(
         raise ArgumentError(f"temperature: expected a value greater than 0, got {temperature}")
     lead, classes = input.shape[:-1], linear_weight.shape[0]
     check_index("index", index, input.device, ignore_index)
+    _check_rows(index, lead)
+    axis = -2 if index.dim() > len(lead) else -1
+    index, cut = shifted("index", index, shift, ignore_index, axis)
     picks = _picks(index, lead, input)
     used = picks != ignore_index
     check_range("index", picks, used, classes)
     picks = torch.where(used, torch.where(picks < 0, classes, picks), -1)
-    single = picks.shape[1] == 1
-    keep = kept_rows(picks[:, 0], -1) if single else None
+    keep = kept_rows(picks.amax(1), -1) if picks.shape[1] else None
+    asked, place = (picks, None) if picks.shape[1] == 1 else distinct(picks)
     stream = make_stream(input, linear_weight, linear_bias, softcap, logit_scale, float(temperature))
-    folds = (LogSumExp(exclude_picks=single), *((ShiftedMoment(),) if return_entropy else ()))
-    states, picked = reduce_logits(stream, picks, folds, keep=keep, engine=engine)
+    folds = (LogSumExp(exclude_picks=True), *((ShiftedMoment(),) if return_entropy else ()))
+    states, picked = reduce_logits(stream, asked, folds, keep=keep, engine=engine)
     assert picked is not None
-    m, log_l = states[0][0].unsqueeze(-1), log_sum(states[0]).unsqueeze(-1)
-    if single:
-        # a logit of +inf: NaN as in torch, where the excluded form alone would call it certain
-        logp = F.logsigmoid((picked.masked_fill(picked == torch.inf, torch.nan) - m) - log_l)
-    else:
-        logp = (picked - m) - log_l
+    logp = log_probs(states[0], picked, asked >= 0)
+    logp = logp if place is None else logp.gather(1, place)
     logp = torch.where(picks >= 0, logp, 0.0).reshape(index.shape)
+    logp = logp if cut is None else logp.narrow(axis, 0, cut)
     if not return_entropy:
         return logp
     h = entropy(states[1])
-    return logp, (h if keep is None else torch.where(keep, h, 0.0)).reshape(lead)
+    h = (h if keep is None else torch.where(keep, h, 0.0)).reshape(lead)
+    return logp, (h if cut is None else h[..., :cut])
+
+
+def linear_sequence_log_prob(
+    input: Tensor,
+    linear_weight: Tensor,
+    labels: Tensor,
+    *,
+    shift: int = 1,
+    ignore_index: int = -100,
+    average: bool = False,
+    temperature: float = 1.0,
+    linear_bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float | Tensor | None = None,
+    engine: str = "auto",
+) -> Tensor:
+    r"""log p of whole sequences, sum over t of log p(labels[t + shift] | position t). Differentiable; what DPO and its relatives compare.
+
+    Args:
+        input: features (..., T, D). linear_weight: (C, D). linear_bias: (C,).
+        labels: (..., T) token indices, int64 or int32. With the default shift they are the input ids themselves.
+        shift: 1: position t's features are scored at labels[t + 1]; 0 if labels are shifted already.
+        ignore_index: labels that do not count: the prompt, padding. Their rows contribute nothing, not even if they hold NaN.
+        average: divide each sum by the number of its labels that count (as IPO and SimPO do).
+        temperature: > 0; divides the (soft-capped) logits.
+        softcap, logit_scale, engine: as in `linear_cross_entropy`.
+
+    Returns:
+        (...), fp32 (float64 for float64 inputs). A sequence without a label that counts has 0, and no gradient.
+        Gradients cost what those of `linear_log_prob` do: each sequence has its own upstream gradient, which the forward cannot know.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or values that do not fit. IndexError: a label outside [0, C).
+
+    Example:
+        >>> chosen = bigclass.linear_sequence_log_prob(hidden, w, labels)  # hidden (B, T, D), labels (B, T) -> (B,)
+
+    Rafailov et al., "Direct Preference Optimization", arXiv:2305.18290, equation 7.
+    """
+    check_linear(input, linear_weight, linear_bias)
+    check_index("labels", labels, input.device, ignore_index)
+    if input.dim() < 2 or labels.shape != input.shape[:-1]:
+        raise ArgumentError(
+            f"labels: expected token indices of shape (..., T) for input (..., T, D) = {tuple(input.shape)}, got {tuple(labels.shape)}"
+        )
+    logp = linear_log_prob(
+        input, linear_weight, labels, shift=shift, temperature=temperature, linear_bias=linear_bias, softcap=softcap,
+        logit_scale=logit_scale, ignore_index=ignore_index, engine=engine,
+    )  # fmt: skip
+    assert isinstance(logp, Tensor)
+    total = logp.sum(-1)
+    return total / (labels[..., int(shift) :] != ignore_index).sum(-1).clamp_min(1) if average else total
 
 
 def linear_topk(
@@ -168,7 +227,31 @@ def linear_topk(
 def _picks(index: Tensor, lead: torch.Size, input: Tensor) -> Tensor:
     """index as (N, K)."""
     check_index("index", index, input.device)
-    if index.shape != lead and index.shape[:-1] != lead:
-        raise ArgumentError(f"index: expected shape {tuple(lead)} or {tuple(lead)} + (K,), got {tuple(index.shape)}")
+    _check_rows(index, lead)
     rows = lead.numel()
     return index.long().reshape(rows, 1 if index.shape == lead else index.shape[-1])
+
+
+def _check_rows(index: Tensor, lead: torch.Size) -> None:
+    if index.shape != lead and index.shape[:-1] != lead:
+        raise ArgumentError(f"index: expected shape {tuple(lead)} or {tuple(lead)} + (K,), got {tuple(index.shape)}")
+
+
+def distinct(picks: Tensor) -> tuple[Tensor, Tensor]:
+    """(picks (N, K) with no class twice in a row, -1 in place of repeats; (N, K) where among them each given pick stands)."""
+    ordered, order = picks.sort(1)
+    repeated = ordered == F.pad(ordered[:, :-1], (1, 0), value=-1)  # numbers are padded: of marks Inductor makes C++ that is none
+    first = torch.arange(picks.shape[1], device=picks.device).expand_as(picks).masked_fill(repeated, 0)
+    first = first.cummax(1).values if picks.shape[1] else first
+    return ordered.masked_fill(repeated, -1), torch.zeros_like(order).scatter(1, order, first)
+
+
+def log_probs(rest: State, picked: Tensor, there: Tensor) -> Tensor:
+    """(N, K) log p of the picks that are there; rest: the `LogSumExp` of a row's logits without them."""
+    s = certain_is_nan(picked)
+    if picked.shape[1] == 1:
+        return F.logsigmoid((s - rest[0].unsqueeze(1)) - log_sum(rest).unsqueeze(1))
+    least = torch.finfo(picked.dtype).min
+    s, apart, top = beside_largest(rest, torch.where(there, s, least))
+    s = s.masked_fill((top <= least).unsqueeze(1), torch.nan)  # every logit -inf: as in torch
+    return F.logsigmoid(s - others(apart, s))

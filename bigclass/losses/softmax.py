@@ -30,9 +30,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigclass.core.folds import Dot, Fold, LogSumExp, Total, log_sum, log_sum_exp
+from bigclass.core.folds import Dot, Fold, LogSumExp, State, Total, log_sum, log_sum_exp
 from bigclass.core.guards import autocast_off
 from bigclass.core.op import observed_loss, reduce_logits
+from bigclass.core.problem import beside
 from bigclass.core.row_losses import ROW_LOSSES, register_row_loss
 from bigclass.core.stream import Stream
 from bigclass.core.topk import TopK
@@ -104,23 +105,31 @@ def sparse_row_loss(folds, picked, args, numbers):
     """args: (N, K) which picks there are, (N, K) factors of nll_ik [, (N,) of LSE, of sum_j v_j s_ij] [, (N, K) t' without its floor,
     (N,) of 1 - p_t] [, (N,) of LSE^2]. numbers: is there a floor, is there a z-loss, is there a Poly-1 term, the floor of t'."""
     floor, z, poly = numbers[:3]
-    rest = log_sum_exp(folds[0])
     factor = iter(args)
-    s = torch.where(next(factor) > 0, certain_is_nan(picked), torch.finfo(picked.dtype).min)
-    others = _others(rest, s)
-    loss = (next(factor) * -F.logsigmoid(s - others)).sum(1)  # F.softplus would drop e^-20
-    lse = torch.logaddexp(others[:, 0], s[:, 0]) if floor or z else rest
+    s, rest, top = beside_largest(folds[0], torch.where(next(factor) > 0, certain_is_nan(picked), torch.finfo(picked.dtype).min))
+    apart = others(rest, s)
+    loss = (next(factor) * -F.logsigmoid(s - apart)).sum(1)  # F.softplus would drop e^-20
+    lse = torch.logaddexp(apart[:, 0], s[:, 0]) + top if floor or z else rest
     if floor:
         loss = loss + (next(factor) * lse - next(factor) * folds[1][0])
     if poly:
-        p_t = (next(factor) * torch.sigmoid(s - others)).sum(1) + numbers[3]
+        p_t = (next(factor) * torch.sigmoid(s - apart)).sum(1) + numbers[3]
         loss = loss + next(factor) * (1.0 - p_t)
     if z:
         loss = loss + next(factor) * lse.square()
     return loss
 
 
-def _others(rest: Tensor, s: Tensor) -> Tensor:
+def beside_largest(rest: State, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(picked logits (N, K), log-sum-exp of the rest (N,), top (N,)), the first two less top, the largest logit.
+
+    As they are, sums of them would be rounded to their size, and their differences with it."""
+    m, largest = rest[0], s.detach().amax(1) if s.shape[1] else rest[0]
+    top = torch.maximum(m, largest).clamp_min(torch.finfo(s.dtype).min)
+    return s - top.unsqueeze(1), (m - top) + log_sum(rest), top
+
+
+def others(rest: Tensor, s: Tensor) -> Tensor:
     """(N, K): the log-sum-exp of rest (N,) and of every column of s (N, K) but the k-th."""
     before = torch.cat((rest.clamp_min(torch.finfo(s.dtype).min).unsqueeze(1), s[:, :-1]), 1).logcumsumexp(1)
     if s.shape[1] == 1:
@@ -177,7 +186,7 @@ def _join(parts: list[Tensor], shape) -> Tensor:
     return (parts[0] if len(parts) == 1 else torch.stack(parts, 1)).reshape(shape)
 
 
-def _factor_dtype(stream: Stream) -> torch.dtype:
+def factor_dtype(stream: Stream) -> torch.dtype:
     """Of the row factors and of the sum over rows: float64, for 1/N in fp32 would shift every loss by the same rounding."""
     return torch.float32 if stream.device.type == "mps" else torch.float64
 
@@ -205,7 +214,7 @@ class _Prepared(NamedTuple):
 
 def _prepare(task: Task) -> _Prepared:
     stream, target, options = task
-    (n, c), exact = stream.shape, _factor_dtype(stream)
+    (n, c), exact = stream.shape, factor_dtype(stream)
     eps, v = options.smoothing, None if options.weight is None else options.weight.to(stream.accumulate_dtype)
     if isinstance(target, SparseTarget):
         return _prepare_sparse(task, v)
@@ -257,7 +266,7 @@ def _flags(options: Options) -> tuple[float, float]:
 def _prepare_sparse(task: Task, v: Tensor | None) -> _Prepared:
     stream, target, options = task
     assert isinstance(target, SparseTarget)
-    (n, c), exact, eps = stream.shape, _factor_dtype(stream), options.smoothing
+    (n, c), exact, eps = stream.shape, factor_dtype(stream), options.smoothing
     picks, weights = target.merged()
     check_range("target", picks, picks != -1, c)
     used = picks >= 0
@@ -285,7 +294,7 @@ def _run(
         factors.append(options.z_loss * by_rows)
     args = [*p.plain, *[_rows(f, stream) for f in factors]]
     if p.keep is not None:  # nothing kept: 1 / 0, which the dense engine's autograd would multiply by 0 and hand NaN to dw
-        args = [torch.where(p.keep, f, 0.0) for f in args]
+        args = [torch.where(beside(p.keep, f), f, 0.0) for f in args]
     if not rowwise and not return_stats:
         loss, _ = observed_loss(
             stream, p.picks, p.folds, (), p.row_loss, args, p.numbers, keep=p.keep, update=options.update, engine=options.engine
@@ -317,4 +326,17 @@ def _rows(factor: float | Tensor, stream: Stream) -> Tensor:
     """A factor of the row loss with its N rows."""
     if isinstance(factor, Tensor):
         return factor if factor.dim() else factor.expand(stream.shape[0])
-    return stream.tensors[0].new_full((), factor, dtype=_factor_dtype(stream)).expand(stream.shape[0])
+    return stream.tensors[0].new_full((), factor, dtype=factor_dtype(stream)).expand(stream.shape[0])
+
+
+def weighted(task: Task, factor: Tensor, keep: Tensor | None = None) -> Tensor:
+    """sum_i factor_i loss_i, factor (N,) constant. keep (N,): in place of what the target says is ignored; the rest contributes nothing."""
+    p = _prepare(task)
+    scaled = [beside(factor, f) * f if isinstance(f, Tensor) else factor * f for f in p.factors]
+    p = p._replace(factors=scaled, keep=p.keep if keep is None else keep)
+    return _run(p, (1.0, factor), False, False)[0]
+
+
+def rowwise(task: Task) -> Tensor:
+    """The losses (N,) of a task, 0 where ignored."""
+    return _run(_prepare(task), None, True, False)[0]

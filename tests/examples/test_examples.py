@@ -44,7 +44,7 @@ def environment() -> dict[str, str]:
 
 def test_every_example_has_its_test():
     assert EXAMPLES == [
-        "clip.py", "extreme_labels.py", "finetune.py", "frozen_features.py", "margin_verification.py", "pretrain_fsdp2.py",
+        "clip.py", "extreme_labels.py", "finetune.py", "frozen_features.py", "margin_verification.py", "preference.py", "pretrain_fsdp2.py",
         "timm_patches.py",
     ]  # fmt: skip
 
@@ -106,6 +106,23 @@ def test_margin_verification_takes_three_margins_and_subcentres(tmp_path):
         "margin_verification.py", *small, "--kind", "combined", "--margin", "1", "0.2", "0.1", "--subcenters", "2", folder=tmp_path
     )
     assert "combined, margin (1.0, 0.2, 0.1)" in printed
+
+
+def test_preference_prefers_what_it_is_shown_and_writes_what_is_rewarded(tmp_path):
+    options = ("--pretraining", "60", "--steps", "12", "--batch", "24", "--vocab", "2048")
+    printed = run("preference.py", *options, folder=tmp_path)
+    margins = [float(margin) for margin in re.findall(r"reward margin +([+-][\d.]+)", printed)]
+    right = [float(share) for share in re.findall(r"right +([\d.]+)%", printed)]
+    assert len(margins) == 7 and margins[0] == 0.0 and margins[-1] > 0.3
+    assert right[0] == 50.0 and right[-1] > 75.0
+    shares = [float(share) for share in re.findall(r"lines that parse +([\d.]+)%", printed)]
+    assert len(shares) == 6 and max(shares) > 0.0
+    assert re.search(r"logits of a batch of pairs, 768 x 2,048, would be 6 MiB", printed)
+
+
+def test_preference_trains_by_one_method_alone(tmp_path):
+    printed = run("preference.py", "--pretraining", "2", "--steps", "2", "--batch", "6", "--method", "grpo", folder=tmp_path)
+    assert "dpo" not in printed and printed.count("lines that parse") == 2
 
 
 def test_clip_names_captions_it_never_saw_and_plots(tmp_path):

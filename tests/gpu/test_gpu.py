@@ -327,3 +327,72 @@ def test_contrastive_losses_do_not_wait_for_the_device(engine, sigmoid):
         contrastive(leaves, sigmoid, engine, positives=torch.zeros(700, 2, dtype=torch.long, device="cuda").cumsum(1))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def policy(x: Tensor, w: Tensor, index: Tensor, engine: str, **options) -> list[Tensor]:
+    """log p of (..., T, K) ids, the entropy and log p of sequences, and their gradients."""
+    logp, h = bigclass.linear_log_prob(x, w, index, shift=1, temperature=0.8, return_entropy=True, engine=engine, **options)
+    whole = bigclass.linear_sequence_log_prob(x, w, index[..., 0], average=True, engine=engine, **options)
+    total = (logp * torch.linspace(-1, 1, logp.shape[-1], device="cuda", dtype=logp.dtype)).mean() + h.mean() - whole.mean()
+    return [logp, h, whole, *torch.autograd.grad(total, (x, w))]
+
+
+def policy_problem(dtype: torch.dtype, kind: str = "peaked") -> tuple[Tensor, Tensor, Tensor]:
+    x, w, _, y = problem(kind, 512, 5003, 96, dtype)
+    index = torch.stack((y, y.roll(1), y), -1).view(8, 64, 3)
+    index[:, 5:9] = -100
+    return x.detach().view(8, 64, 96).requires_grad_(), w, index
+
+
+@pytest.mark.parametrize("engine", ["tiled", "fused"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_log_probabilities_and_entropies_are_those_of_float64(engine, dtype):
+    x, w, index = policy_problem(dtype)
+    wide = [t.detach().double().requires_grad_() for t in (x, w)]
+    with torch.no_grad():
+        x[:, 4:8] = float("nan")  # scored at ignored ids
+    for got, truth in zip(policy(x, w, index, engine), policy(*wide, index, "dense"), strict=True):
+        assert error(got, truth) < (2e-5 if dtype == torch.float32 else 8e-3)
+
+
+@pytest.mark.parametrize("engine", ["tiled", "fused"])
+def test_log_probabilities_do_not_wait_for_the_device_and_are_the_same_bits(engine):
+    x, w, index = policy_problem(torch.bfloat16)
+    want = policy(x, w, index, engine)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = policy(x, w, index, engine)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def multi_token(x: Tensor, w: Tensor, target: Tensor, road: tuple[str, str], **options) -> list[Tensor]:
+    """Three feature sets and one, under one weight, and their gradients."""
+    with bigclass.planning(gradients=road[1]):
+        loss, losses = bigclass.linear_multi_token_cross_entropy(x, w, target, engine=road[0], return_losses=True, **options)
+        one = bigclass.linear_multi_token_cross_entropy(x[0], w, target, engine=road[0], **options)
+        own = bigclass.linear_multi_token_cross_entropy(x, [w, w, w], target, engine=road[0], **options)
+    return [loss, losses, one, own, *torch.autograd.grad(loss + 0.5 * one + 0.25 * own, (x, w))]
+
+
+@every_road
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_multi_token_losses_are_those_of_float64_and_do_not_wait_for_the_device(road, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, 64, 96, device="cuda").to(dtype).requires_grad_()
+    w = (0.2 * torch.randn(5003, 96, device="cuda")).to(dtype).requires_grad_()
+    target = torch.randint(5003, (4, 64), device="cuda")
+    target[:, 7] = -100
+    options = {"loss_weights": (1.0, 0.5, 0.25), "label_smoothing": 0.1, "z_loss": 1e-3}
+    truth = multi_token(*(t.detach().double().requires_grad_() for t in (x, w)), target, ("dense", "auto"), **options)
+    first = multi_token(x, w, target, road, **options)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = multi_token(x, w, target, road, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for got, same, want in zip(first, again, truth, strict=True):
+        assert torch.equal(got, same) and error(got, want) < (1e-5 if dtype == torch.float32 else 8e-3)

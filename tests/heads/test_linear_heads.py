@@ -224,3 +224,40 @@ def test_features_and_targets_that_do_not_fit_are_refused(kind):
         head(x, [1, 2])
     with pytest.raises(ValueError, match="k: expected 1 <= k <= 40"):
         head.predict(x, C + 1)
+
+
+@pytest.mark.parametrize("options", [{}, OPTIONS], ids=["plain", "all"])
+def test_log_probabilities_and_multi_token_losses_are_those_of_the_heads_own_logits(options):
+    head, (x, y) = LMHead(D, C, bias=True, **options).double(), batch()
+    x = x.detach().double().requires_grad_()
+    lp = (head.logits(x) / 0.7).log_softmax(-1)
+    used = y != head.ignore_index
+    picked = torch.where(used[:, 1:], lp[:, :-1].gather(-1, y[:, 1:, None]).squeeze(-1), 0.0)
+    logp, h = head.log_prob(x, y, temperature=0.7, return_entropy=True)
+    assert error(logp, picked) < 1e-11 and error(h, torch.where(used[:, 1:], -(lp.exp() * lp).sum(-1)[:, :-1], 0.0)) < 1e-11
+    assert error(head.log_prob(x, y, temperature=0.7), picked) < 1e-11
+    several = torch.stack((y, y.roll(1)), -1)
+    aligned = torch.where(several != head.ignore_index, lp.gather(-1, several), 0.0)
+    assert error(head.log_prob(x, several, shift=0, temperature=0.7), aligned) < 1e-11
+    assert error(head.sequence_log_prob(x, y, temperature=0.7), picked.sum(-1)) < 1e-11
+    mean = picked.sum(-1) / used[:, 1:].sum(-1)
+    assert error(head.sequence_log_prob(x, y, temperature=0.7, average=True), mean) < 1e-11
+    loss, losses = head.multi_token_loss([x, x * 2.0], y, (1, 2), loss_weights=(1.0, 0.5), return_losses=True)
+    exact = torch.stack([head(x, y, shift=1), head(x * 2.0, y, shift=2)])
+    assert error(losses, exact) < 1e-11 and error(loss, exact[0] + 0.5 * exact[1]) < 1e-11
+    assert error(head.multi_token_loss(x, y, (1, 2)), head(x, y, shift=1) + head(x, y, shift=2)) < 1e-11
+
+
+def test_log_probabilities_and_multi_token_losses_are_forwards_so_hooks_and_wrappers_run():
+    """Pitfall 32."""
+    head, (x, y) = LMHead(D, C), batch()
+    seen = []
+    head.register_forward_pre_hook(lambda module, args: seen.append("before"))
+    head.register_forward_hook(lambda module, args, out: seen.append("after"))
+    for call in (head.log_prob, head.sequence_log_prob, head.multi_token_loss):
+        assert call(x, y).requires_grad and seen == ["before", "after"]
+        seen.clear()
+    with pytest.raises(TypeError, match="labels: expected a tensor, got list"):
+        head.sequence_log_prob(x, [1])
+    with pytest.raises(TypeError, match="index: expected int64 or int32"):
+        head.log_prob(x, y.float())

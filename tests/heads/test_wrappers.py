@@ -46,6 +46,42 @@ class Model(nn.Module):
         return self.head(x, y)
 
 
+class Policy(nn.Module):
+    """A block and a language model's head, asked for log-probabilities and several tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block()
+        self.head = bigclass.LMHead(D, C, engine="tiled")
+        del self.block.unused
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        x = self.block(x)
+        logp, h = self.head.log_prob(x, y, return_entropy=True, temperature=0.8)
+        return (
+            (logp + 0.1 * h).mean()
+            + self.head.sequence_log_prob(x, y, average=True).mean()
+            - self.head.multi_token_loss([x, -x], y, (1, 2))
+        )
+
+
+def train_policy(sharded: bool, rank: int = 0, world: int = 1) -> list[Tensor]:
+    torch.manual_seed(4)
+    model, x, y = Policy().double(), torch.randn(2, 6, D, dtype=torch.float64), torch.randint(C, (2, 6))
+    if sharded:
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(model.head)
+        fully_shard(model)
+    each = 2 // world
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (-model(x[rank * each : (rank + 1) * each], y[rank * each : (rank + 1) * each])).backward()
+        optimizer.step()
+    return [(p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for p in model.parameters()]
+
+
 def build(unused: bool) -> tuple[Model, Tensor, Tensor]:
     torch.manual_seed(3)
     return Model(unused).double(), torch.randn(2 * N, D, dtype=torch.float64), torch.randint(C, (2 * N,))
@@ -106,6 +142,7 @@ def all_modes(rank: int, world: int) -> dict[tuple[str, bool], list[Tensor] | st
             made[mode] = wrapped(rank, world, *mode)
         except RuntimeError as e:
             made[mode] = str(e)
+    made["policy", True] = train_policy(True, rank, world)
     return made
 
 
@@ -127,3 +164,10 @@ def test_gradients_are_those_of_one_process(made, mode, explicit):
 def test_lazy_logits_of_a_head_that_fsdp_resharded_say_so(made):
     for rank in made:
         assert "FSDP2 resharded it" in rank["fsdp head apart", False] and "head(features, target)" in rank["fsdp head apart", False]
+
+
+def test_log_probabilities_and_multi_token_losses_of_a_sharded_head_are_those_of_one_process(made):
+    """Pitfall 32: as a method that is no forward they would meet a DTensor."""
+    expected = train_policy(False)
+    for rank in made:
+        assert max(error(a, b) for a, b in zip(rank["policy", True], expected, strict=True)) < 1e-13

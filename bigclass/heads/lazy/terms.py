@@ -1,6 +1,6 @@
-"""What loss functions make of lazy logits before they sum over classes: log-probabilities, and the terms of a binary cross-entropy.
+"""What loss functions make of lazy logits before they sum over classes: log-probabilities, p log p, the terms of a binary cross-entropy.
 
-Both are (..., C) and stay unmade until their sum, mean or gather over the class axis is asked for, which streams. So timm's
+All are (..., C) and stay unmade until their sum, mean or gather over the class axis is asked for, which streams. So timm's
 LabelSmoothingCrossEntropy and SoftTargetCrossEntropy, or a user's `-(t * F.log_softmax(logits, -1)).sum(-1).mean()`, run as they stand.
 Row-wise results recompute the tiles in the backward (8NCD flops); `bigclass.convert_criterion` gives the 6NCD form of known modules.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import _reduction as legacy
 
 from bigclass.core.errors import ArgumentError, ArgumentTypeError
-from bigclass.core.folds import LogSumExp, Total, log_sum, log_sum_exp
+from bigclass.core.folds import LogSumExp, ShiftedMoment, Total, entropy, log_sum, log_sum_exp
 from bigclass.core.op import reduce_logits
 from bigclass.heads.lazy.base import Lazy, dense_call, functions_of, result_dtype
 from bigclass.heads.lazy.logits import LazyLogits
@@ -146,7 +146,14 @@ class LazyLogProbs(_Terms):
         assert logp is not None
         return (logp * self.factor).reshape(index.shape).to(result_dtype(self.dtype))
 
+    def exp(self) -> Any:
+        if self.target is not None or self.factor != 1.0:
+            return self.written_out("exp").exp()
+        return LazyProbabilities(self.lazy)
+
     def __mul__(self, other: Any) -> Any:
+        if isinstance(other, LazyProbabilities):
+            return other * self
         fits = isinstance(other, Tensor | SparseTarget) and tuple(other.shape) == tuple(self.shape)
         if fits and self.target is None and not getattr(other, "requires_grad", False):
             dtype = torch.promote_types(self.dtype, other.dtype)
@@ -199,6 +206,54 @@ class LazyLogProbs(_Terms):
 
 
 @dataclass(eq=False, repr=False)
+class LazyProbabilities(_Terms):
+    """factor * p_ij, p = softmax(s): what `log_probs.exp()` is, on its way into an entropy."""
+
+    lazy: LazyLogits
+    factor: float = 1.0
+
+    def materialize(self) -> Tensor:
+        return F.softmax(self.lazy.real(), -1) * self.factor
+
+    def row_sums(self) -> Tensor:
+        return F.softmax(self.lazy.written_out("sum of probabilities"), -1).sum(-1)
+
+    def gather(self, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Any:
+        logp = LazyLogProbs(self.lazy).gather(dim, index)
+        return logp.exp() * self.factor
+
+    def __mul__(self, other: Any) -> Any:
+        if isinstance(other, LazyLogProbs) and other.target is None and _same(self.lazy, other.lazy):
+            return LazyPLogP(self.lazy, self.factor * other.factor)
+        return super().__mul__(other)
+
+    __rmul__ = __mul__
+
+
+@dataclass(eq=False, repr=False)
+class LazyPLogP(_Terms):
+    """factor * p_ij log p_ij, whose sum over classes is an entropy: exact, where the sum of products of rounded factors is not."""
+
+    lazy: LazyLogits
+    factor: float = 1.0
+
+    def materialize(self) -> Tensor:
+        logp = F.log_softmax(self.lazy.real(), -1)
+        return logp.exp() * logp * self.factor
+
+    def row_sums(self) -> Tensor:
+        lazy = self.lazy
+        lazy.check()
+        (state,), _ = reduce_logits(lazy.stream, None, (ShiftedMoment(),), engine=lazy.engine)
+        return -entropy(state).reshape(lazy.lead)
+
+
+def _same(a: LazyLogits, b: LazyLogits) -> bool:
+    """Are these the same logits, dtype aside?"""
+    return a is b or (a.stream is b.stream and a.lead == b.lead and a.class_first == b.class_first)
+
+
+@dataclass(eq=False, repr=False)
 class LazyBinaryCrossEntropy(_Terms):
     """factor * F.binary_cross_entropy_with_logits(s, target, weight, pos_weight=pos_weight, reduction="none")."""
 
@@ -224,7 +279,7 @@ class LazyBinaryCrossEntropy(_Terms):
 
 def _either(method: Callable) -> Callable:
     def call(a, b, *, out=None):
-        if out is not None or (isinstance(a, Lazy) and isinstance(b, Lazy)):
+        if out is not None or not all(isinstance(t, _Terms) or not isinstance(t, Lazy) for t in (a, b)):
             return NotImplemented
         return method(a, b) if isinstance(a, _Terms) else method(b, a)
 
@@ -241,7 +296,9 @@ def _table(cls: Any, *names: str) -> dict[Any, Any]:
     }
 
 
-LazyLogProbs._functions = _table(LazyLogProbs, "gather", "nll_loss", "kl_div")
+LazyLogProbs._functions = _table(LazyLogProbs, "gather", "nll_loss", "kl_div", "exp")
+LazyProbabilities._functions = {k: v for k, v in _table(LazyProbabilities, "gather").items() if k is not Tensor.__getitem__}
+LazyPLogP._functions = {k: v for k, v in _table(LazyPLogP).items() if k is not Tensor.__getitem__}
 LazyBinaryCrossEntropy._functions = {k: v for k, v in _table(LazyBinaryCrossEntropy).items() if k is not Tensor.__getitem__}
 
 
@@ -258,5 +315,5 @@ def _unflatten(cls: Any) -> Any:
     return made
 
 
-for _cls in (LazyLogProbs, LazyBinaryCrossEntropy):
+for _cls in (LazyLogProbs, LazyProbabilities, LazyPLogP, LazyBinaryCrossEntropy):
     pytree.register_pytree_node(_cls, _flatten, _unflatten(_cls), serialized_type_name=f"bigclass.{_cls.__name__}")

@@ -244,3 +244,27 @@ def test_the_newer_tf32_switch_is_read():
             assert launch.config("sm_90", torch.float32, 0, products=False) is not launch.IEEE
     finally:
         matmul.fp32_precision = before
+
+
+def test_log_probabilities_of_several_ids_and_multi_token_losses_are_those_of_the_tiled_engine():
+    x, w, b, y = draw("onehot", 70, 300, 40, torch.float32, 5)
+    several = torch.stack((y.roll(1), y, y), 1).view(7, 10, 3)
+    several[0] = -100
+
+    def everything(engine):
+        holes = x.detach().clone().view(7, 10, 40)
+        holes[0] = float("nan")
+        holes.requires_grad_()
+        options = {"linear_bias": b, "softcap": 60.0, "engine": engine}
+        logp, h = bigclass.linear_log_prob(holes, w, several, return_entropy=True, temperature=0.8, shift=1, **options)
+        whole = bigclass.linear_sequence_log_prob(holes, w, several[..., 1], **options)
+        total = (logp * torch.linspace(-1, 1, 27).view(9, 3)).sum() + h.sum() + whole.square().sum()
+        targets = y.view(7, 10)
+        multi = bigclass.linear_multi_token_cross_entropy(
+            [x.view(7, 10, 40), x.view(7, 10, 40) * 0.5], w, targets, shifts=(0, 2), **options
+        )
+        one = bigclass.linear_multi_token_cross_entropy(x.view(7, 10, 40), w, targets, shifts=(0, 2), label_smoothing=0.1, **options)
+        return [logp, h, whole, multi, one, *torch.autograd.grad(total + multi + one, (holes, x, w, b))]
+
+    for mine, theirs in zip(everything("fused"), everything("tiled"), strict=True):
+        assert error(mine, theirs) < 1e-5
