@@ -64,6 +64,6 @@ def _adapter(model: nn.Module) -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("open_clip", "timm"):
+    if name in ("open_clip", "peft", "timm"):
         return importlib.import_module(f"bigclass.integrations.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
