@@ -170,6 +170,48 @@ def test_a_lazy_step_over_a_hundred_thousand_classes_holds(case):
     assert peak(lazy_step, 512, 115217, 256, case) <= 96
 
 
+def adapted(n: int, c: int, d: int, kind: str, gradients: str):
+    """One step of a frozen head with a low-rank adapter: the function, or PEFT's layer."""
+
+    def make(n: int, c: int):
+        x, y = torch.randn(n, d, requires_grad=True), torch.randint(0, c, (n,))
+        if kind == "function":
+            return torch.randn(c, d), (torch.randn(8, d, requires_grad=True), torch.randn(c, 8, requires_grad=True), 2.0), x, y
+        import peft
+
+        from bigclass.integrations.peft import adopt
+
+        model = torch.nn.Sequential(torch.nn.Linear(d, c, bias=False))
+        config = peft.LoraConfig(r=8, target_modules=["0"], use_dora=kind == "dora", lora_dropout=0.1 if kind == "dropout" else 0.0)
+        return adopt(peft.get_peft_model(model, config).get_base_model()[0], engine="tiled"), None, x, y
+
+    def run(head, lora, x, y):
+        with bigclass.planning(gradients=gradients):
+            if lora is None:
+                torch.nn.functional.cross_entropy(head(x), y).backward()
+                return [x.grad, *[p.grad for p in head.parameters() if p.requires_grad]]
+            bigclass.linear_cross_entropy(x, head, y, lora=lora, engine="tiled").backward()
+            return x.grad, lora[0].grad, lora[1].grad
+
+    for _ in range(2):
+        run(*make(64, 3000))
+    problem = make(n, c)
+    return lambda: run(*problem)
+
+
+@pytest.mark.parametrize("gradients", ["forward", "recompute"])
+def test_an_adapter_of_a_frozen_weight_needs_no_gradient_of_its_shape(gradients):
+    """The weight is 112 MiB, and so would its gradient or a copy be, or a matrix of logits."""
+    assert peak(adapted, 256, 115217, 256, "function", gradients) <= 96
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_pefts_layer_around_a_frozen_head_needs_none_either(kind):
+    """Dense: the logits three times over, 337 MiB; DoRA's norms make two copies of the weight, 225 MiB, beside."""
+    pytest.importorskip("peft", reason="PEFT is not installed")
+    assert peak(adapted, 256, 115217, 256, kind, "auto") <= 96
+
+
 def contrastive(n: int, d: int, sigmoid: bool):
     """A contrastive loss and all its gradients, warmed up on a small batch."""
 

@@ -132,6 +132,8 @@ def observed_loss(
     work = replace(work, affine=is_affine(row_loss, picks, folds, args))
     name = engine_for(work, engine, stream, [*folds, *observed])
     gradients = choose_gradients(work, options)
+    if gradients == "forward" and options.gradients == "auto" and _scales_frozen(stream):
+        gradients = "recompute"
     # an observed fold is shown tiles once: where chunks of whole rows are kept, it would need them all again
     if name == "dense" or gradients == "recompute" or (observed and gradients == "forward"):
         states, picked = reduce_logits(stream, picks, [*folds, *observed], keep=keep, engine=name)
@@ -146,6 +148,11 @@ def observed_loss(
     out = iter(loss_op(tensors, picks, keep, list(args), recipe, constants, row_loss, [*numbers, 0.0], plan, needs))
     loss = next(out)
     return loss, [squeezed(tuple([next(out) for _ in f.differentiable])) for f in observed]
+
+
+def _scales_frozen(stream: Stream) -> bool:
+    """Does a class scale learn over a weight that does not? Its gradient is read off G^T x, which over chunks of rows would be C x D."""
+    return stream.class_scale is not None and stream.class_scale.requires_grad and not all([w.requires_grad for _, w in stream.pairs])
 
 
 @torch.compiler.disable(reason="update= writes to the weight in the backward, which no graph can hold; with fullgraph=True leave it None")

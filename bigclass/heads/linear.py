@@ -21,7 +21,7 @@ from bigclass.core.plan import ENGINES
 from bigclass.core.stream import Map, Scale, Softcap
 from bigclass.core.updates import SlabUpdate
 from bigclass.heads.lazy import LazyLogits, lazy_logits
-from bigclass.losses.cross_entropy import linear_cross_entropy
+from bigclass.losses.cross_entropy import cross_entropy, linear_cross_entropy
 from bigclass.losses.inputs import check_tensor
 from bigclass.losses.log_prob import linear_log_prob, linear_sequence_log_prob, linear_topk
 from bigclass.losses.multi_token import linear_multi_token_cross_entropy
@@ -112,9 +112,13 @@ class LinearHead(nn.Linear):
         streamed = self.always_lazy or (self.training and torch.is_grad_enabled())
         if not (self.lazy and streamed) or in_transform():
             return self.logits(features)
+        return lazy_logits(features, self.weight, self.bias, self.maps, self.engine)
+
+    @property
+    def maps(self) -> tuple[Map, ...]:
+        """The scale and the soft cap, as a stream has them."""
         maps: list[Map] = [] if self.logit_scale is None else [Scale.by(self.logit_scale)]
-        maps += [] if self.softcap is None else [Softcap.at(self.softcap)]
-        return lazy_logits(features, self.weight, self.bias, tuple(maps), self.engine)
+        return (*maps, *([] if self.softcap is None else [Softcap.at(self.softcap)]))
 
     def logits(self, features: Tensor) -> Tensor:
         """Real logits (..., C) in the dtype of a plain `nn.Linear`, scaled and soft-capped."""
@@ -130,16 +134,21 @@ class LinearHead(nn.Linear):
         )
         return values, indices
 
-    def _loss(self, features: Tensor, target: Tensor | SparseTarget, **options: Any) -> Any:
+    def _loss(self, features: Tensor | LazyLogits, target: Tensor | SparseTarget, **options: Any) -> Any:
+        """features: or the head's lazy logits, to which others (an adapter around it) may have added."""
         soft = isinstance(target, SparseTarget)
         if not soft:
             check_tensor("target", target)
         index = not soft and not target.is_floating_point()
+        options |= {
+            "label_smoothing": self.label_smoothing, "z_loss": self.z_loss, "engine": self.engine,
+            "ignore_index": self.ignore_index if index else None,
+        }  # fmt: skip
+        if isinstance(features, LazyLogits):
+            return cross_entropy(features.stream, features.lead, target, **options)
         return linear_cross_entropy(
-            features, self.weight, target, linear_bias=self.bias, softcap=self.softcap, logit_scale=self.logit_scale,
-            label_smoothing=self.label_smoothing, z_loss=self.z_loss, engine=self.engine,
-            ignore_index=self.ignore_index if index else None, **options,
-        )  # fmt: skip
+            features, self.weight, target, linear_bias=self.bias, softcap=self.softcap, logit_scale=self.logit_scale, **options
+        )
 
     def loss(self, features: Tensor, target: Tensor | SparseTarget, **options: Any) -> Any:
         """`self(features, target, ...)` under a name of its own; it is a forward, so hooks run."""

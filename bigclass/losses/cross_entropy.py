@@ -16,6 +16,7 @@ from bigclass.core.plan import Work, choose_engine
 from bigclass.core.stream import Stream
 from bigclass.core.updates import SlabUpdate
 from bigclass.losses.inputs import check_index, check_linear, check_tensor, make_stream, shifted
+from bigclass.losses.lora import Adapters, adapter_pairs
 from bigclass.losses.softmax import Options, Stats, Task, finish
 from bigclass.losses.targets import SparseTarget
 
@@ -34,6 +35,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     softcap: float | None = None,
     logit_scale: float | Tensor | None = None,
+    lora: Adapters | None = None,
     shift: int = 0,
     z_loss: float = 0.0,
     grad_filter: float | None = None,
@@ -58,6 +60,9 @@ def linear_cross_entropy(
         label_smoothing: in [0, 1].
         softcap: logits become softcap * tanh(logits / softcap); > 0.
         logit_scale: a number or a scalar tensor (which gets a gradient); applied before the soft cap.
+        lora: (A (R, D), B (C, R), alpha), or a sequence of such triples: low-rank adapters of a weight (C, D). The logits become
+            x w^T + alpha (x A^T) B^T (+ bias), then scale and soft cap. alpha is the factor itself (PEFT's lora_alpha / r), a number or a
+            scalar tensor. No copy of the weight is made, and a frozen one gets no C x D gradient (arXiv:2106.09685).
         shift: k > 0 scores position t's features against the label at t + k along the last leading axis, without slicing copies.
             With reduction "none" the result has T - k positions.
         z_loss: adds z_loss * LSE^2 to each row's loss (PaLM, arXiv:2204.02311); in the mean it is averaged over the kept rows.
@@ -92,7 +97,9 @@ def linear_cross_entropy(
         )
     arguments = Arguments(weight, reduction, ignore_index, label_smoothing, z_loss, 0.0, shift, engine, return_stats, update)
     target, probabilities = arguments.check(target, lead, classes, positions, input.device)
-    if isinstance(target, Tensor) and not (positions or probabilities) and softcap is None and logit_scale is None:
+    pairs = adapter_pairs(input, linear_weight, lora)
+    plain = softcap is None and logit_scale is None and lora is None
+    if isinstance(target, Tensor) and not (positions or probabilities) and plain:
         loss = arguments.run_small(input, linear_weight, linear_bias, target)
         if loss is not None:
             return loss
@@ -100,7 +107,8 @@ def linear_cross_entropy(
         if shift or isinstance(target, SparseTarget):
             raise ArgumentError(f"{'shift' if shift else 'SparseTarget'}: is not defined for a K-dimensional loss")
         return _per_position(input, linear_weight, linear_bias, target, probabilities, softcap, logit_scale, arguments)
-    return arguments.run(make_stream(input, linear_weight, linear_bias, softcap, logit_scale), lead, target)
+    stream = make_stream(input, linear_weight, linear_bias, softcap, logit_scale, pairs=pairs)
+    return arguments.run(stream, lead, target)
 
 
 def linear_poly_cross_entropy(
@@ -115,6 +123,7 @@ def linear_poly_cross_entropy(
     label_smoothing: float = 0.0,
     softcap: float | None = None,
     logit_scale: float | Tensor | None = None,
+    lora: Adapters | None = None,
     update: SlabUpdate | None = None,
     engine: str = "auto",
 ) -> Tensor:
@@ -136,7 +145,8 @@ def linear_poly_cross_entropy(
     Leng et al., "PolyLoss", arXiv:2204.12511, equation 6.
     """
     check_linear(input, linear_weight, linear_bias)
-    stream = make_stream(input, linear_weight, linear_bias, softcap, logit_scale)
+    pairs = adapter_pairs(input, linear_weight, lora)
+    stream = make_stream(input, linear_weight, linear_bias, softcap, logit_scale, pairs=pairs)
     return cross_entropy(
         stream, input.shape[:-1], target, poly=epsilon, reduction=reduction, ignore_index=ignore_index,
         label_smoothing=label_smoothing, update=update, engine=engine,

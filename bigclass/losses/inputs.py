@@ -54,8 +54,9 @@ def make_stream(
     softcap: float | None,
     logit_scale: float | Tensor | None,
     temperature: float = 1.0,
+    pairs: tuple[tuple[Tensor, Tensor], ...] = (),
 ) -> Stream:
-    """The stream softcap(logit_scale * (x w^T + b)) / temperature over the rows of input."""
+    """The stream softcap(logit_scale * (x w^T + b)) / temperature over the rows of input. pairs: more operands, of adapters."""
     maps: list[Map] = []
     if logit_scale is not None:
         check_scale(logit_scale, input)
@@ -67,7 +68,7 @@ def make_stream(
     device = input.device.type
     compute = torch.get_autocast_dtype(device) if in_autocast(device) else None
     x = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
-    return Stream(((x, linear_weight),), bias=linear_bias, maps=tuple(maps), compute_dtype=compute)
+    return Stream(((x, linear_weight), *pairs), bias=linear_bias, maps=tuple(maps), compute_dtype=compute)
 
 
 def check_scale(value: float | Tensor, input: Tensor, *, name: str = "logit_scale", of: str = "input") -> None:

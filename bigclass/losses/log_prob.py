@@ -11,6 +11,7 @@ from bigclass.core.folds import LogSumExp, ShiftedMoment, State, entropy, log_su
 from bigclass.core.op import reduce_logits
 from bigclass.core.topk import TopK
 from bigclass.losses.inputs import check_index, check_linear, check_range, kept_rows, make_stream, shifted
+from bigclass.losses.lora import Adapters, adapter_pairs
 from bigclass.losses.softmax import beside_largest, certain_is_nan, others
 
 
@@ -22,6 +23,7 @@ def linear_logsumexp(
     index: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float | Tensor | None = None,
+    lora: Adapters | None = None,
     engine: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""LSE_i = log sum_j exp(s_ij) over all classes and, if asked, the logits s at given classes. Both differentiable.
@@ -32,7 +34,7 @@ def linear_logsumexp(
     Args:
         input: (..., D). linear_weight: (C, D). linear_bias: (C,).
         index: (..., K) or (...) class indices, int64 or int32; -1 picks nothing and returns 0.
-        softcap, logit_scale, engine: as in `linear_cross_entropy`.
+        softcap, logit_scale, lora, engine: as in `linear_cross_entropy`.
 
     Returns:
         lse (...), fp32 (float64 for float64 inputs); with index: (lse, logits), the logits in index's shape.
@@ -48,7 +50,8 @@ def linear_logsumexp(
     picks = None if index is None else _picks(index, lead, input)
     if picks is not None and index is not None:
         check_range("index", picks, picks != -1, linear_weight.shape[0])
-    stream = make_stream(input, linear_weight, linear_bias, softcap, logit_scale)
+    pairs = adapter_pairs(input, linear_weight, lora)
+    stream = make_stream(input, linear_weight, linear_bias, softcap, logit_scale, pairs=pairs)
     (state,), picked = reduce_logits(stream, picks, (LogSumExp(),), engine=engine)
     lse = log_sum_exp(state)
     lse = lse.masked_fill(state[0] == torch.inf, torch.inf).reshape(lead)
@@ -66,6 +69,7 @@ def linear_log_prob(
     linear_bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float | Tensor | None = None,
+    lora: Adapters | None = None,
     ignore_index: int = -100,
     engine: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -83,7 +87,7 @@ def linear_log_prob(
         return_entropy: also return the entropy of each row in nats, (...).
         ignore_index: where index has this value, log p is 0. A row without any other index contributes nothing, not even if it holds NaN,
             and its entropy is 0.
-        softcap, logit_scale, engine: as in `linear_cross_entropy`.
+        softcap, logit_scale, lora, engine: as in `linear_cross_entropy`.
 
     Returns:
         log-probabilities in index's shape, fp32 (float64 for float64 inputs); with return_entropy: (log-probabilities, entropy).
@@ -109,7 +113,8 @@ def linear_log_prob(
     picks = torch.where(used, torch.where(picks < 0, classes, picks), -1)
     keep = kept_rows(picks.amax(1), -1) if picks.shape[1] else None
     asked, place = (picks, None) if picks.shape[1] == 1 else distinct(picks)
-    stream = make_stream(input, linear_weight, linear_bias, softcap, logit_scale, float(temperature))
+    pairs = adapter_pairs(input, linear_weight, lora)
+    stream = make_stream(input, linear_weight, linear_bias, softcap, logit_scale, float(temperature), pairs)
     folds = (LogSumExp(exclude_picks=True), *((ShiftedMoment(),) if return_entropy else ()))
     states, picked = reduce_logits(stream, asked, folds, keep=keep, engine=engine)
     assert picked is not None
@@ -184,6 +189,7 @@ def linear_topk(
     linear_bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float | Tensor | None = None,
+    lora: Adapters | None = None,
     return_log_probs: bool = False,
     engine: str = "auto",
 ) -> tuple[Tensor, ...]:
@@ -194,7 +200,7 @@ def linear_topk(
     Args:
         input: (..., D). linear_weight: (C, D). linear_bias: (C,). k: 1 <= k <= C.
         return_log_probs: also return the log-probabilities of the k classes, from the same pass.
-        softcap, logit_scale, engine: as in `linear_cross_entropy`.
+        softcap, logit_scale, lora, engine: as in `linear_cross_entropy`.
 
     Returns:
         values (..., k) in fp32 (float64 for float64 inputs), indices (..., k) in int64 [, log-probabilities (..., k)].
@@ -213,7 +219,8 @@ def linear_topk(
         raise ArgumentError(f"k: expected 1 <= k <= {linear_weight.shape[0]} (the number of classes), got {k}")
     shape = (*input.shape[:-1], k)
     with torch.no_grad():
-        stream = make_stream(input, linear_weight, linear_bias, softcap, logit_scale)
+        pairs = adapter_pairs(input, linear_weight, lora)
+        stream = make_stream(input, linear_weight, linear_bias, softcap, logit_scale, pairs=pairs)
         folds = (TopK((float(k),)), *((LogSumExp(),) if return_log_probs else ()))
         states, _ = reduce_logits(stream, None, folds, engine=engine)
         values, indices = (t.reshape(shape) for t in states[0])

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 import bigclass
 from bigclass.core import LogSumExp, ShiftedMoment, Softcap, Stream, custom_ops, log_sum_exp, norms, reduce_logits, stream_loss
-from bigclass.core.norms import inverse_norms, through_norms
+from bigclass.core.engines import sink
+from bigclass.core.norms import adapted_norms, inverse_norms, through_norms
 from bigclass.core.recipe import pack, unpack
 from tests.support import ROADS, error
 
@@ -115,3 +116,41 @@ def test_a_normalised_stream_that_cannot_be_is_refused():
             reduce_logits(stream, None, (LogSumExp(),), engine="tiled")
     with pytest.raises(ValueError, match=r"w: expected shape \(C, D\)"):
         inverse_norms(x[0])
+
+
+@pytest.mark.parametrize("dtype", LIMIT, ids=str)
+@pytest.mark.parametrize("piece", [1, 100, 1 << 17])
+def test_norms_of_an_adapted_weight_are_summed_wide_in_any_pieces(dtype, piece, monkeypatch):
+    monkeypatch.setitem(norms._PIECE, "cpu", piece)
+    w, a, b = (torch.randn(*shape).to(dtype).requires_grad_() for shape in ((70, 9), (3, 9), (70, 3)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        made = adapted_norms(w, a, b, 0.7)
+    assert made.dtype == torch.promote_types(dtype, torch.float32) and not made.requires_grad
+    assert error(made, (w.double() + 0.7 * b.double() @ a.double()).norm(dim=1)) < (1e-14 if dtype == torch.float64 else 1e-6)
+
+
+def test_norms_of_an_adapted_weight_pass_opcheck_and_refuse_other_shapes():
+    w, a, b = torch.randn(7, 4), torch.randn(2, 4), torch.randn(7, 2)
+    torch.library.opcheck(norms._adapted_norms, (w, a, b, 0.7))
+    with pytest.raises(ValueError, match=r"expected shapes \(C, D\), \(R, D\) and \(C, R\), got \(7, 4\), \(4, 2\), \(7, 2\)"):
+        adapted_norms(w, a.t(), b, 0.7)
+
+
+@pytest.mark.parametrize("gradients", ["auto", "recompute"])
+def test_a_scale_that_learns_over_a_frozen_weight_keeps_no_sum_of_classes_by_features(gradients, monkeypatch):
+    """Its gradient is read off G^T x: over chunks of rows that would be C x D, though the weight gets none."""
+    x, w, scale = torch.randn(300, 6).double(), torch.randn(2000, 6).double(), torch.rand(2000).double().add(0.5).requires_grad_()
+    u, b, y = torch.randn(300, 2).double(), torch.randn(2000, 2).double().requires_grad_(), torch.randint(2000, (300, 1))
+    made = []
+    fresh = sink.fresh
+    monkeypatch.setattr(sink, "fresh", lambda like, shape, dtype: made.append(tuple(shape)) or fresh(like, shape, dtype))
+    with bigclass.planning(gradients=gradients, workspace=16 << 20):
+        loss = stream_loss(
+            Stream(((x, w), (u, b)), class_scale=scale), y, (LogSumExp(exclude_picks=True),), "cross_entropy",
+            [torch.ones(300).double()], (0.0, 0.0, 0.0, 0.0), engine="tiled",
+        )  # fmt: skip
+        got = torch.autograd.grad(loss, (scale, b))
+    assert (2000, 6) not in made
+    want = F.cross_entropy((x @ w.t() + u @ b.t()) * scale, y[:, 0], reduction="sum")
+    for g, e in zip(got, torch.autograd.grad(want, (scale, b)), strict=True):
+        assert error(g, e) < 1e-12

@@ -209,15 +209,17 @@ def _announce(operation: str, shape: tuple[int, ...], dtype: torch.dtype) -> Non
 def _tell(operation: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     size = math.prod(shape) * dtype.itemsize
     what = f"{operation} needs the logits themselves: {shape} {dtype}, {size / 2**20:.1f} MiB, and as much again for gradients"
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("bigclass", "torch"):
+        frame, level = frame.f_back, level + 1
+    if frame.f_globals.get("__name__", "").partition(".")[0] == "peft":
+        what += " (an adapter around a head that was converted before it: convert_head again after get_peft_model, and it streams too)"
     limit = settings().logits_limit
     if limit is not None and size > limit:
         raise ArgumentError(
             f"bigclass: {what}, above the limit of {limit / 2**20:.1f} MiB. Use head(features, target), a loss that streams or "
             "bigclass.convert_criterion, or raise bigclass.planning(logits_limit=...)"
         )
-    frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("bigclass", "torch"):
-        frame, level = frame.f_back, level + 1
     warnings.warn(
         f"bigclass: {what}. They are written out. To stay lazy use head(features, target), a loss that streams, or "
         "bigclass.convert_criterion; to refuse instead set bigclass.planning(logits_limit=...)",

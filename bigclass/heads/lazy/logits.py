@@ -362,8 +362,13 @@ class LazyLogits(Axes):
         return (loss[0].to(dtype), loss[1]) if isinstance(loss, tuple) else loss.to(dtype)
 
 
-def lazy_logits(features: Tensor, weight: Tensor, bias: Tensor | None, maps: tuple = (), engine: str = "auto") -> LazyLogits:
-    """The logits maps(features weight^T + bias) of features (..., D), not yet made."""
+def lazy_logits(
+    features: Tensor, weight: Tensor, bias: Tensor | None, maps: tuple = (), engine: str = "auto", *,
+    pairs: Sequence[tuple[Tensor, Tensor]] = (), class_scale: Tensor | None = None,
+) -> LazyLogits:  # fmt: skip
+    """The logits maps(class_scale * (features weight^T + pairs) + bias) of features (..., D), not yet made.
+
+    pairs: more operands, u (N, R) and v (C, R) each, as adapters have. class_scale: (C,)."""
     check_linear(features, weight, bias)
     device = features.device.type
     compute = torch.get_autocast_dtype(device) if in_autocast(device) else None
@@ -373,7 +378,8 @@ def lazy_logits(features: Tensor, weight: Tensor, bias: Tensor | None, maps: tup
     # aliases, so that wrappers see tensors that the module made rather than its parameters
     b = None if bias is None else bias.view_as(bias)
     x = features.reshape(-1, features.shape[-1])
-    stream = Stream(((x, weight.view_as(weight)),), bias=b, maps=maps, compute_dtype=compute)
+    own = ((x, weight.view_as(weight)), *[(u, v.view_as(v)) for u, v in pairs])
+    stream = Stream(own, bias=b, class_scale=class_scale, maps=maps, compute_dtype=compute)
     versions = None if torch.compiler.is_compiling() else _versions(stream)
     return LazyLogits(stream, tuple(features.shape[:-1]), dtype, engine, False, versions)
 
