@@ -107,7 +107,7 @@ def sparse_row_loss(folds, picked, args, numbers):
     rest = log_sum_exp(folds[0])
     factor = iter(args)
     s = torch.where(next(factor) > 0, certain_is_nan(picked), torch.finfo(picked.dtype).min)
-    others = _others(rest, s)
+    others = other_logits(rest, s)
     loss = (next(factor) * -F.logsigmoid(s - others)).sum(1)  # F.softplus would drop e^-20
     lse = torch.logaddexp(others[:, 0], s[:, 0]) if floor or z else rest
     if floor:
@@ -120,7 +120,7 @@ def sparse_row_loss(folds, picked, args, numbers):
     return loss
 
 
-def _others(rest: Tensor, s: Tensor) -> Tensor:
+def other_logits(rest: Tensor, s: Tensor) -> Tensor:
     """(N, K): the log-sum-exp of rest (N,) and of every column of s (N, K) but the k-th."""
     before = torch.cat((rest.clamp_min(torch.finfo(s.dtype).min).unsqueeze(1), s[:, :-1]), 1).logcumsumexp(1)
     if s.shape[1] == 1:
