@@ -8,7 +8,7 @@ torch.compile) but for the dense engine, which is plain autograd.
 
 With D features of the student and E of the teacher, in flops: 2NC(D+E) for the value, 4NCD more for gradients that come with it; for
 gradients of rows, 2NC(D+E) + 4NCD more. Memory: the planner's workspace, in which whole rows of both are kept; compare_sum holds dw of a
-16-bit weight in fp32 until the upstream factor is known. Of the rows 4 to 6 numbers each are saved.
+16-bit weight in fp32 until the upstream factor is known. compare_rows saves six or seven numbers a row.
 """
 
 from __future__ import annotations
@@ -142,38 +142,38 @@ def rows_op(
     described = (recipe, numbers, teacher_recipe, teacher_numbers, divergence, constants, plan)
     student, teacher, kind, chosen = _unpacked(tensors, teacher_tensors, *described, scalar=False, grad=any(needs))
     with autocast_off(student.device):
-        return list(pair.compare(student, teacher, keep, kind, chosen, None, ())[:2])
+        return list(pair.compare(student, teacher, keep, kind, chosen, None, ())[:3])
 
 
 @rows_op.register_fake
 def _(tensors, teacher_tensors, keep, recipe, numbers, teacher_recipe, teacher_numbers, divergence, constants, plan, needs):
     student, _ = unpack(recipe, numbers, tensors)
     n, like = student.shape[0], tensors[0].new_empty((), dtype=student.accumulate_dtype)
-    return [like.new_empty(n), like.new_empty((n, 4 + DIVERGENCES[divergence].width))]
+    return [like.new_empty(n), like.new_empty((n, 4 + DIVERGENCES[divergence].width)), like.new_empty(n, dtype=torch.int64)]
 
 
 @torch.library.custom_op("bigclass::compare_rows_backward", mutates_args=())
 def rows_backward_op(
-    tensors: list[Tensor], teacher_tensors: list[Tensor], keep: Tensor | None, stats: Tensor, g: Tensor, recipe: str,
+    tensors: list[Tensor], teacher_tensors: list[Tensor], keep: Tensor | None, stats: Tensor, top: Tensor, g: Tensor, recipe: str,
     numbers: list[float], teacher_recipe: str, teacher_numbers: list[float], divergence: str, constants: list[float], plan: str,
     needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     described = (recipe, numbers, teacher_recipe, teacher_numbers, divergence, constants, plan)
     student, teacher, kind, chosen = _unpacked(tensors, teacher_tensors, *described, scalar=False, grad=True)
     with autocast_off(student.device):
-        return pair.compare_backward(student, teacher, keep, kind, chosen, stats, g, needs)
+        return pair.compare_backward(student, teacher, keep, kind, chosen, stats, top, g, needs)
 
 
 @rows_backward_op.register_fake
-def _(tensors, teacher_tensors, keep, stats, g, *rest):
+def _(tensors, teacher_tensors, keep, stats, top, g, *rest):
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t, need in zip(tensors, rest[-1], strict=True) if need]
 
 
 def _rows_context(ctx, inputs, output):
     tensors, teacher_tensors, keep, *constants = inputs
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, *teacher_tensors, output[1], *[t for t in (keep,) if t is not None])
+    ctx.save_for_backward(*tensors, *teacher_tensors, *output[1:], *[t for t in (keep,) if t is not None])
     ctx.sizes = len(tensors), len(teacher_tensors)
     ctx.constants = constants
 
@@ -184,9 +184,9 @@ def _rows_gradients(ctx, grads):
     count, others = ctx.sizes
     made: Sequence[Tensor | None] = [None] * count
     if grads[0] is not None and any(needs):
-        tensors, teacher_tensors, (stats, *rest) = _parted(ctx.saved_tensors, count, others)
+        tensors, teacher_tensors, (stats, top, *rest) = _parted(ctx.saved_tensors, count, others)
         keep = rest[0] if rest else None
-        made = spread(rows_backward_op(tensors, teacher_tensors, keep, stats, grads[0], *constants, needs), tensors, needs)
+        made = spread(rows_backward_op(tensors, teacher_tensors, keep, stats, top, grads[0], *constants, needs), tensors, needs)
     return made, [None] * others, None, *[None] * (len(constants) + 1)
 
 
@@ -210,7 +210,7 @@ def sum_op(
     described = (recipe, numbers, teacher_recipe, teacher_numbers, divergence, constants, plan)
     student, teacher, kind, chosen = _unpacked(tensors, teacher_tensors, *described, scalar=True, grad=any(needs))
     with autocast_off(student.device):
-        values, _, made = pair.compare(student, teacher, keep, kind, chosen, g if any(needs) else None, needs)
+        values, *_, made = pair.compare(student, teacher, keep, kind, chosen, g if any(needs) else None, needs)
     return [(g * values).sum().to(student.accumulate_dtype), *made]
 
 

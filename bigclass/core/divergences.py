@@ -1,6 +1,6 @@
 """Divergences between the softmaxes of two streams over the same classes: of a teacher's logits t (constants) and a student's s.
 
-    p_ij = e^(t_ij - m_i) / l_i        q_ij the same of s        r_ij = log(p_ij / q_ij)
+    p_ij = e^(t_ij - m_i) / l_i        q_ij the same of s        r_ij = log(p_ij / q_ij)        m_i = max_j t_ij,  l_i = 1 + the others' sum
 
     cross_entropy      D_i = -sum_j p log q                                         dD_i/ds_ij = q - p
     forward            D_i = sum_j p r                      KL(p || q)              q - p
@@ -8,7 +8,9 @@
     jensen_shannon     D_i = b KL(p || m) + (1-b) KL(q || m),  m = b p + (1-b) q    (1-b) q (log(q/m) - KL(q || m)_i)
 
 r is made of logits taken relative to their rows' maxima and of one logarithm of the ratio of the two sums, never of two log-softmaxes:
-where the two agree it is a small number with small errors, and exactly 0 for equal logits. log(p/m) and log(q/m) are made of r alone,
+where the two agree it is a small number with small errors, and exactly 0 for equal logits. The sums leave the largest term out, so that of
+two confident rows log(l_s / l_t) = log1p((rest_s - rest_t) / l_t) keeps its digits, and with it q - p of the class they agree on (fp32,
+losses near 1e-8: gradients are right to 4e-4, of two log-softmaxes to 6e-2). log(p/m) and log(q/m) are made of r alone,
 
     c = -log1p(v (e^-|r| - 1)),  v = 1-b where r >= 0, else b        log(p/m) = c + min(r, 0)        log(q/m) = c - max(r, 0)
 
@@ -35,13 +37,15 @@ from bigclass.core.stream import check_name
 class PairTile:
     """What both streams are on a block of logits: p, q, r (n, c), and b = s - m (n, c), all of them work buffers.
 
-    work: one more, by name.
+    at, inside: (n, 1) the column of each row's largest s, and whether it lies in this tile at all. work: one more buffer, by name.
     """
 
     p: Tensor
     q: Tensor
     r: Tensor
     b: Tensor
+    at: Tensor
+    inside: Tensor
     work: Callable[[str], Tensor]
 
 
@@ -59,8 +63,8 @@ class Divergence:
         """This tile's part of each sum, (n, 1). May use b up, and must leave p, q and r alone."""
         raise NotImplementedError
 
-    def value(self, sums: Tensor, l: Tensor) -> Tensor:  # noqa: E741
-        """D (n,) from the sums (n, width) over all classes and the student's l (n,)."""
+    def value(self, sums: Tensor, rest: Tensor) -> Tensor:
+        """D (n,) from the sums (n, width) over all classes and the student's l - 1 (n,)."""
         raise NotImplementedError
 
     def gradient(self, tile: PairTile, sums: Tensor) -> Tensor:
@@ -85,8 +89,16 @@ def register_divergence(cls: type[AnyDivergence]) -> type[AnyDivergence]:
 
 
 def _average(weight: Tensor, t: Tensor, out: Tensor) -> Tensor:
-    """sum_j weight t (n, 1), with 0 times an infinity 0. A row that holds NaN keeps it: its l is NaN, which `value`'s caller adds."""
+    """sum_j weight t (n, 1), with 0 times an infinity 0. What a NaN of the logits itself leaves out, engines see in m and l."""
     return torch.mul(weight, t, out=out).nansum(1, keepdim=True)
+
+
+def _difference(tile: PairTile) -> Tensor:
+    """q - p in the place of q; at the largest s, where both may be all but 1, made of r."""
+    p, q, r = (t.gather(1, tile.at) for t in (tile.p, tile.q, tile.r))
+    made = torch.where(r >= 0.0, p * torch.expm1(-r), -q * torch.expm1(r))
+    out = tile.q.sub_(tile.p)
+    return out.scatter_(1, tile.at, torch.where(tile.inside, made, out.gather(1, tile.at)))
 
 
 def _weighed(weight: Tensor, t: Tensor) -> Tensor:
@@ -105,11 +117,11 @@ class CrossEntropy(Divergence):
     def sums(self, tile):
         return [_average(tile.p, tile.b, tile.b)]
 
-    def value(self, sums, l):  # noqa: E741
-        return l.log() - sums[:, 0]
+    def value(self, sums, rest):
+        return torch.log1p(rest) - sums[:, 0]
 
     def gradient(self, tile, sums):
-        return tile.q.sub_(tile.p)
+        return _difference(tile)
 
     def dense(self, log_p, log_q):
         return -_weighed(log_p.exp(), log_q)
@@ -126,11 +138,11 @@ class Forward(Divergence):
     def sums(self, tile):
         return [_average(tile.p, tile.r, tile.b)]
 
-    def value(self, sums, l):  # noqa: E741
+    def value(self, sums, rest):
         return sums[:, 0]
 
     def gradient(self, tile, sums):
-        return tile.q.sub_(tile.p)
+        return _difference(tile)
 
     def dense(self, log_p, log_q):
         return _weighed(log_p.exp(), log_p - log_q)
@@ -146,7 +158,7 @@ class Reverse(Divergence):
     def sums(self, tile):
         return [_average(tile.q, tile.r, tile.b)]
 
-    def value(self, sums, l):  # noqa: E741
+    def value(self, sums, rest):
         return -sums[:, 0]
 
     def gradient(self, tile, sums):
@@ -179,7 +191,7 @@ class JensenShannon(Divergence):
         of_p = _average(tile.p, torch.clamp(tile.r, max=0.0, out=work).add_(c), work)
         return [of_p, _average(tile.q, torch.sub(c, torch.clamp(tile.r, min=0.0, out=work), out=work), work)]
 
-    def value(self, sums, l):  # noqa: E741
+    def value(self, sums, rest):
         return self.numbers[0] * sums[:, 0] + (1.0 - self.numbers[0]) * sums[:, 1]
 
     def gradient(self, tile, sums):

@@ -335,7 +335,7 @@ def _slab_plan(work: Work, gradients: str, options: Settings, why: list[str]) ->
 
 
 def make_pair_plan(work: Work, name: str, options: Settings | None = None) -> Plan:
-    """The plan of two streams (engines/pair.py): `chunk` whole rows of both, row_block x class_block tiles where the sums are known.
+    """The plan of two streams (engines/pair.py): `chunk` whole rows of both, in tiles of chunk x class_block.
 
     Gradients come with the loss unless it is no sum, or "recompute" was asked for: made again they would cost both streams once more."""
     options = settings() if options is None else options
@@ -348,17 +348,15 @@ def make_pair_plan(work: Work, name: str, options: Settings | None = None) -> Pl
     chunk = max(min(room // (2 * c * work.item), n, _cast_limit(work, options, 1)), 1)
     chunk = -(-n // -(-n // chunk))
     class_block = _even(c, min(max(elements // chunk, 1), _cast_limit(work, options, 2)))
-    row_block = max(min(n, elements // min(c, 1024), _cast_limit(work, options, 1)), 1)
-    if gradients == "recompute":  # one width for both walks
-        class_block = _even(c, min(max(elements // max(chunk, row_block), 1), _cast_limit(work, options, 2)))
+    if gradients == "recompute":
         why.append("gradients are made from the rows' statistics, of tiles that are made again")
     elif gradients == "forward":
         why.append(f"gradients come with the loss, {chunk} rows at a time")
         if work.half:
             why.append("dw stays fp32 until the upstream gradient arrives (one C x D fp32 buffer)")
-    size = 2 * chunk * c * work.item + max(chunk, row_block) * class_block * work.buffers * work.item
+    size = chunk * (2 * c + class_block * work.buffers) * work.item
     size += (chunk + 2 * class_block) * work.d * work.item if work.half else 0
-    return Plan(name, gradients, chunk, row_block, class_block, size, tuple(why))
+    return Plan(name, gradients, chunk, chunk, class_block, size, tuple(why))
 
 
 def _fused_plan(work: Work, gradients: str, options: Settings, why: list[str]) -> Plan:
