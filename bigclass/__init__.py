@@ -22,6 +22,7 @@ from bigclass.heads.criteria import convert_criterion
 from bigclass.integrations import convert_head, restore_head
 from bigclass.losses.contrastive import contrastive_loss, sigmoid_contrastive_loss
 from bigclass.losses.cross_entropy import linear_cross_entropy, linear_poly_cross_entropy
+from bigclass.losses.distill import linear_kl_div, linear_topk_kl_div
 from bigclass.losses.elementwise import ElementwiseLoss, register_elementwise_loss
 from bigclass.losses.log_prob import linear_log_prob, linear_logsumexp, linear_sequence_log_prob, linear_topk
 from bigclass.losses.margin import linear_margin_loss
@@ -68,6 +69,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_elementwise_loss",
     "linear_focal_loss",
+    "linear_kl_div",
     "linear_log_prob",
     "linear_logsumexp",
     "linear_margin_loss",
@@ -76,6 +78,7 @@ __all__ = [
     "linear_sequence_log_prob",
     "linear_squared_hinge_loss",
     "linear_topk",
+    "linear_topk_kl_div",
     "linear_zlpr_loss",
     "metrics",
     "optim",

@@ -8,7 +8,7 @@ A stream and its folds cross as a string of registered names, numbers and tensor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -92,7 +92,7 @@ def _reduce_gradients(ctx, grads):
     if not any(has_grad) or not any(needs):
         return [None] * count, None, None, None, None, None, None
     made = fold_backward_op(tensors, picks, keep, rest, [g for g in grads if g is not None], has_grad, recipe, numbers, plan, needs)
-    return _spread([_as(g, t) for g, t in zip(made, _needed(tensors, needs), strict=True)], needs), None, None, None, None, None, None
+    return spread(made, tensors, needs), None, None, None, None, None, None
 
 
 fold_op.register_autograd(_reduce_gradients, setup_context=_reduce_context)
@@ -169,8 +169,25 @@ def _stream_loss_context(ctx, inputs, output):
     ctx.save_for_backward(*tensors, *args, *[t for t in (picks, keep) if t is not None])
     ctx.sizes = len(tensors), len(args), picks is not None, keep is not None
     ctx.constants = constants
-    # Kept outside save_for_backward: in eager mode the backward consumes them in place, once (pitfall 46).
     ctx.gradients = output[len(output) - sum(constants[-1]) :]
+
+
+def scaled_gradients(ctx, upstream: Tensor, again: Callable[[], list[Tensor]]) -> list[Tensor]:
+    """The gradients that came with a scalar loss, times its upstream factor. again: makes them anew.
+
+    ctx.gradients holds them outside save_for_backward: in eager mode the first backward consumes them in place (pitfall 46)."""
+    gradients = ctx.gradients
+    if type(upstream) is not Tensor or torch.compiler.is_compiling():
+        return [g * upstream for g in gradients]
+    if gradients is None:
+        with torch.no_grad():
+            gradients = again()
+    ctx.gradients = None
+    # an upstream of exactly 1 is the rule, and a pass over dw is not free; reading it on a GPU would be a host sync
+    if upstream.device.type != "cpu" or float(upstream) != 1.0:
+        for g in gradients:
+            g.mul_(upstream)
+    return gradients
 
 
 def _stream_loss_gradients(ctx, grads):
@@ -183,24 +200,16 @@ def _stream_loss_gradients(ctx, grads):
         return nothing
     saved = list(ctx.saved_tensors)
     inputs = saved[: count + arg_count]
-    gradients = ctx.gradients
-    eager = type(upstream) is Tensor and not torch.compiler.is_compiling()
-    if eager:
-        if gradients is None:  # consumed by an earlier backward: make them again
-            rest = saved[count + arg_count :]
-            picks = rest.pop(0) if has_picks else None
-            keep = rest.pop(0) if has_keep else None
-            with torch.no_grad():
-                outputs = loss_op(inputs[:count], picks, keep, inputs[count:], *ctx.constants)
-                gradients = outputs[len(outputs) - sum(needs) :]
-        ctx.gradients = None
-        # an upstream of exactly 1 is the rule, and a pass over dw is not free; reading it on a GPU would be a host sync
-        if upstream.device.type != "cpu" or float(upstream) != 1.0:
-            for g in gradients:
-                g.mul_(upstream)
-    else:
-        gradients = [g * upstream for g in gradients]
-    made = _spread([_as(g, t) for g, t in zip(gradients, _needed(inputs, needs), strict=True)], needs)
+
+    def again() -> list[Tensor]:
+        rest = saved[count + arg_count :]
+        picks = rest.pop(0) if has_picks else None
+        keep = rest.pop(0) if has_keep else None
+        outputs = loss_op(inputs[:count], picks, keep, inputs[count:], *ctx.constants)
+        return outputs[len(outputs) - sum(needs) :]
+
+    gradients = scaled_gradients(ctx, upstream, again)
+    made = spread(gradients, inputs, needs)
     return made[:count], None, None, made[count:], None, None, None, None, None, None
 
 
@@ -223,10 +232,7 @@ def _needed(tensors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
     return [t for t, need in zip(tensors, needs, strict=True) if need]
 
 
-def _spread(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+def spread(grads: Sequence[Tensor], tensors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """One gradient for each tensor, in its type; None where it needs none."""
     it = iter(grads)
-    return [next(it) if need else None for need in needs]
-
-
-def _as(g: Tensor, t: Tensor) -> Tensor:
-    return g if g.dtype == t.dtype else g.to(t.dtype)
+    return [next(it).to(t.dtype) if need else None for t, need in zip(tensors, needs, strict=True)]

@@ -334,6 +334,31 @@ def _slab_plan(work: Work, gradients: str, options: Settings, why: list[str]) ->
     return Plan("tiled", gradients, 0, row_block, class_block, size, tuple(why))
 
 
+def make_pair_plan(work: Work, name: str, options: Settings | None = None) -> Plan:
+    """The plan of two streams (engines/pair.py): `chunk` whole rows of both, in tiles of chunk x class_block.
+
+    Gradients come with the loss unless it is no sum, or "recompute" was asked for: made again they would cost both streams once more."""
+    options = settings() if options is None else options
+    n, c = max(work.n, 1), max(work.c, 1)
+    gradients = "none" if not work.grad else "forward" if work.scalar and options.gradients != "recompute" else "recompute"
+    why = ["two streams: whole rows of both are kept, for their probabilities need a row's end"]
+    tile_room = _workspace(work, options) // 3
+    elements = max(min(work.of(TILE_ELEMENTS), tile_room // (work.buffers * work.item)), 1)
+    room = max(_workspace(work, options) - elements * work.buffers * work.item - 2 * _cast_bytes(work, options), 0)
+    chunk = max(min(room // (2 * c * work.item), n, _cast_limit(work, options, 1)), 1)
+    chunk = -(-n // -(-n // chunk))
+    class_block = _even(c, min(max(elements // chunk, 1), _cast_limit(work, options, 2)))
+    if gradients == "recompute":
+        why.append("gradients are made from the rows' statistics, of tiles that are made again")
+    elif gradients == "forward":
+        why.append(f"gradients come with the loss, {chunk} rows at a time")
+        if work.half:
+            why.append("dw stays fp32 until the upstream gradient arrives (one C x D fp32 buffer)")
+    size = chunk * (2 * c + class_block * work.buffers) * work.item
+    size += (chunk + 2 * class_block) * work.d * work.item if work.half else 0
+    return Plan(name, gradients, chunk, chunk, class_block, size, tuple(why))
+
+
 def _fused_plan(work: Work, gradients: str, options: Settings, why: list[str]) -> Plan:
     """Chunks of rows ("forward") or slabs of classes ("recompute") of the fused engine. Its register tiles: engines/fused/launch.py."""
     n, c, d, item = max(work.n, 1), max(work.c, 1), work.d, 2 if work.narrow else 4

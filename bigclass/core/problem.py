@@ -101,6 +101,11 @@ def is_affine(row_loss: str, picks: Tensor | None, folds: Sequence[Fold], args: 
     return row_loss in AFFINE and sums and len(folds) > 0 and not any(a.requires_grad for a in args)
 
 
+def is_half(stream: Stream) -> bool:
+    """Is any operand of the products of a 16-bit type?"""
+    return any(t.dtype.itemsize == 2 for pair in stream.pairs for t in pair)
+
+
 def work_of(stream: Stream, folds: Sequence[Fold], keep: Tensor | None, *, scalar: bool, grad: bool = True) -> Work:
     """What the planner is told. scalar: is the loss one sum over rows? grad: are gradients wanted?"""
     n, c = stream.shape
@@ -113,7 +118,7 @@ def work_of(stream: Stream, folds: Sequence[Fold], keep: Tensor | None, *, scala
         device=stream.device.type,
         scalar=scalar,
         grad=grad,
-        half=any(t.dtype.itemsize == 2 for pair in stream.pairs for t in pair),
+        half=is_half(stream),
         wide=stream.accumulate_dtype == torch.float64,
         buffers=tile_buffers(lone, scalar, len(stream.maps)),
         not_fused=fused_reason(stream, folds),

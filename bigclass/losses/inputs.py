@@ -23,28 +23,36 @@ def check_tensor(name: str, t: object) -> None:
         raise ArgumentTypeError(f"{name}: expected a tensor, got {type(t).__name__}")
 
 
-def check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, *, weight_dims: int | None = 2) -> None:
-    """Raise unless input (..., D), linear_weight (C, [d_1, ..., d_K,] D) and linear_bias (C, [d_1, ..., d_K]) fit together."""
-    tensors = [("input", input), ("linear_weight", linear_weight)] + ([] if linear_bias is None else [("linear_bias", linear_bias)])
+LINEAR = ("input", "linear_weight", "linear_bias")
+
+
+def check_linear(
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, *, weight_dims: int | None = 2, names: tuple[str, str, str] = LINEAR
+) -> None:
+    """Raise unless input (..., D), linear_weight (C, [d_1, ..., d_K,] D) and linear_bias (C, [d_1, ..., d_K]) fit together.
+
+    names: what the user calls the three."""
+    of_input, of_weight, of_bias = names
+    tensors = [(of_input, input), (of_weight, linear_weight)] + ([] if linear_bias is None else [(of_bias, linear_bias)])
     for name, t in tensors:
         check_tensor(name, t)
         if not t.is_floating_point():
             raise ArgumentTypeError(f"{name}: expected a floating-point tensor, got {t.dtype}")
         if t.device != input.device:
-            raise ArgumentError(f"{name}: expected device {input.device} (that of input), got {t.device}")
+            raise ArgumentError(f"{name}: expected device {input.device} (that of {of_input}), got {t.device}")
     if input.dim() < 1:
-        raise ArgumentError("input: expected at least one axis (..., D), got a scalar")
+        raise ArgumentError(f"{of_input}: expected at least one axis (..., D), got a scalar")
     if linear_weight.dim() < 2 or (weight_dims is not None and linear_weight.dim() != weight_dims):
-        raise ArgumentError(f"linear_weight: expected shape (C, D), got {tuple(linear_weight.shape)}")
+        raise ArgumentError(f"{of_weight}: expected shape (C, D), got {tuple(linear_weight.shape)}")
     if input.shape[-1] != linear_weight.shape[-1]:
         raise ArgumentError(
-            f"linear_weight: expected {input.shape[-1]} features in its last axis (as input {tuple(input.shape)}), "
+            f"{of_weight}: expected {input.shape[-1]} features in its last axis (as {of_input} {tuple(input.shape)}), "
             f"got {linear_weight.shape[-1]}"
         )
     if 0 in linear_weight.shape:
-        raise ArgumentError(f"linear_weight: expected at least one class and one feature (and position), got {tuple(linear_weight.shape)}")
+        raise ArgumentError(f"{of_weight}: expected at least one class and one feature (and position), got {tuple(linear_weight.shape)}")
     if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
-        raise ArgumentError(f"linear_bias: expected shape {tuple(linear_weight.shape[:-1])}, got {tuple(linear_bias.shape)}")
+        raise ArgumentError(f"{of_bias}: expected shape {tuple(linear_weight.shape[:-1])}, got {tuple(linear_bias.shape)}")
 
 
 def make_stream(

@@ -148,7 +148,7 @@ def stream_loss(
             z = kept[start : start + r.size * c.size].view(r.size, c.size)
             tiles.append(z)
             maker.raw(xs, maker.slab(c), r, c, z)
-            s = _values(maker, z)[-1]
+            s = kept_values(maker, z)[-1]
             where = maker.positions(r, c)
             places.append(where)
             flat = None if where is None else where[0]
@@ -174,7 +174,7 @@ def stream_loss(
                 g = tiles[t].zero_() if upstream[-1] is None else folds[0].gradient_in_place(tiles[t], locals_[t], state, upstream)
                 add_picks(g, places[t], r, up)
             else:
-                values = _values(maker, tiles[t], again=True)
+                values = kept_values(maker, tiles[t], again=True)
                 g = logit_gradient(maker, folds, up, values, r, c, maker.positions(r, c), sink.on_tensor(r, c))
             sink.add(g, values, xs, maker.slab(c), sink.open_slab(c), r, c, first_rows=r.start == 0, first_classes=c.start == 0)
         sink.close_rows()
@@ -187,7 +187,7 @@ def stream_loss(
     return loss, sink.finish() + [d for d in dargs if d is not None]
 
 
-def _values(maker: TileMaker, z: Tensor, again: bool = False) -> list[Tensor]:
+def kept_values(maker: TileMaker, z: Tensor, again: bool = False) -> list[Tensor]:
     """The values along the maps for a kept tile: where maps act in place, the second reading must not act again."""
     if maker.in_place:
         return [z] * (1 + len(maker.stream.maps)) if again else maker.bend(z, keep_inputs=False)

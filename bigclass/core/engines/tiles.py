@@ -138,9 +138,9 @@ class Rows:
 class TileMaker:
     """Makes tiles of one stream: cuts and casts its operands, multiplies, adds, maps, finds picks."""
 
-    def __init__(self, stream: Stream, picks: Tensor | None, rows: Rows) -> None:
+    def __init__(self, stream: Stream, picks: Tensor | None, rows: Rows, dtype: torch.dtype | None = None) -> None:
         self.stream, self.rows = stream, rows
-        self.dtype = stream.accumulate_dtype
+        self.dtype = dtype or stream.accumulate_dtype  # of a second stream: that of the first
         self.c = stream.shape[1]
         self.pool = Pool(stream.tensors[0], self.dtype)
         self.picks = None if picks is None else picks.long()
@@ -157,7 +157,7 @@ class TileMaker:
 
     def _operand_dtype(self, x: Tensor, w: Tensor) -> torch.dtype:
         chosen = self.stream.compute_dtype or torch.promote_types(x.dtype, w.dtype)
-        return self.dtype if self.dtype == torch.float64 else chosen
+        return self.dtype if torch.float64 in (self.dtype, chosen) else chosen
 
     def features(self, span: Span) -> list[Tensor]:
         """x_p (r, D_p) for each pair, in the dtype of its products."""
