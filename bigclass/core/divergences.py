@@ -15,8 +15,8 @@ losses near 1e-8: gradients are right to 4e-4, of two log-softmaxes to 6e-2). lo
     c = -log1p(v (e^-|r| - 1)),  v = 1-b where r >= 0, else b        log(p/m) = c + min(r, 0)        log(q/m) = c - max(r, 0)
 
 which overflows nowhere and cancels nowhere. Where a gradient is q times a difference to an expectation, a confident student's largest
-class is nearly all of that expectation, and is kept apart (`Expected`). A class that a distribution gives nothing adds nothing to that distribution's own average
-(0 log 0 = 0), whatever the other gives it; logits of -inf in both are therefore as if the class were not there.
+class is nearly all of that expectation, and is kept apart (`Expected`). A class that a distribution gives nothing adds nothing to that
+distribution's own average (0 log 0 = 0), whatever the other gives it; logits of -inf in both are therefore as if the class were not there.
 
 To add one, subclass `Divergence` under `@register_divergence`; engines need no edit.
 """
