@@ -197,7 +197,8 @@ def teacher_cross_entropy(
 
     x (N, D), w (C, D), scale of one element: get gradients. teacher_x (N, E), teacher_w (C, E), teacher_scale: constants.
     """
-    student, teacher = (make_stream(*t, None, None, a) for *t, a in ((x, w, scale), (teacher_x, teacher_w, teacher_scale)))
+    student = make_stream(x, w, None, None, scale)
+    teacher = make_stream(teacher_x, teacher_w, None, None, teacher_scale)
     return compare_sum(student, teacher, CrossEntropy(), x.new_ones(x.shape[0], dtype=_exact(x.device)), engine=engine)
 
 
@@ -327,4 +328,5 @@ def _stored(index: Tensor, log_prob: Tensor, rest: str, keep: Tensor | None, str
     else:  # 1 - P in the form that keeps its digits; rounding may have left P above 1
         tail = -torch.expm1(log_p.logsumexp(1).clamp_max(0.0))
     index, p = SparseTarget(index, log_p.exp(), stream.shape[1]).merged()
-    return index, p, tail
+    # where every class is listed, what is left is rounding, which no class could hold
+    return index, p, tail.masked_fill((index >= 0).sum(1) == stream.shape[1], 0.0)
