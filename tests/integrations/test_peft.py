@@ -202,6 +202,21 @@ def test_adapters_of_any_kind_in_any_order(data):
         assert error(model(x), reference()) < 1e-12
 
 
+ORDERS = (("lora bias", "dora"), ("dora", "lora bias"), ("dora", "dora"), ("dora", "dropout", "dora", "lora"))
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=" ".join)
+def test_dora_scales_what_came_before_it_and_nothing_after(order):
+    dense: nn.Module = Plain()
+    for at, kind in enumerate(order):
+        dense = wrapped("plain", model=dense, names=(str(at),), **CONFIGS[kind])
+    model = copy.deepcopy(dense)
+    adapter.adopt(head_of(model), engine="tiled")
+    for each in (model, dense):
+        each.base_model.set_adapter([str(at) for at in range(len(order))])
+    check_step(model, dense)
+
+
 def test_merged_and_disabled_adapters_are_followed():
     model, dense = pair()
     x, _ = batch(model)
@@ -336,12 +351,17 @@ def test_a_head_tied_to_the_embedding_keeps_its_tie(trained):
     check_step(model, dense)
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_saved_embedding_and_head(tied):
-    """modules_to_save of a tied head: PEFT makes two copies, or one where it is told to keep the tie."""
-    for more in ({}, {"ensure_weight_tying": True}) if tied else ({},):
-        model, dense = pair("llama", model=llama(tied), target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"], **more)
-        check_step(model, dense)
+@pytest.mark.parametrize("saved", [["lm_head"], ["lm_head", "embed_tokens"], ["embed_tokens"]], ids=str)
+def test_a_tied_head_that_is_saved_is_what_peft_makes_of_it(saved):
+    """Two copies, or, told to keep the tie, a new layer around the embedding's."""
+    config = {"target_modules": ["q_proj"], "modules_to_save": saved, "ensure_weight_tying": saved == ["embed_tokens"]}
+    model, dense = pair("llama", model=llama(True), **config)
+    head, embedding = head_of(model), model.get_input_embeddings()
+    assert type(head) is adapter.SavedHead
+    check_step(model, dense)
+    head.update("second", tied_module=embedding)
+    made = head.modules_to_save["second"]
+    assert type(made) is bigclass.LMHead and made.engine == "tiled" and made.weight is embedding.weight
 
 
 def test_trained_tokens_of_a_tied_head_stream():
