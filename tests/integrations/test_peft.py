@@ -217,6 +217,21 @@ def test_dora_scales_what_came_before_it_and_nothing_after(order):
     check_step(model, dense)
 
 
+@pytest.mark.parametrize("config", [{}, {"lora_dropout": 0.3}], ids=str)
+def test_an_unchanged_causal_lm_with_labels_trains(config):
+    """transformers' own loss, of float32 as it casts, under the prompt of a task type."""
+    model, dense = pair("llama", task_type="CAUSAL_LM", **config)
+    ids, _ = batch(model)
+    labels = ids.masked_fill(torch.rand(ids.shape, generator=torch.Generator().manual_seed(1)) < 0.3, -100)
+    made = []
+    for each in (model, dense):
+        torch.manual_seed(3)
+        out = each(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
+        out.loss.backward()
+        made.append([out.loss, *[p.grad for p in each.parameters() if p.requires_grad]])
+    assert len(made[0]) > 4 and all(error(a, b) < 1e-5 and a.any() for a, b in zip(*made, strict=True))
+
+
 def test_merged_and_disabled_adapters_are_followed():
     model, dense = pair()
     x, _ = batch(model)
