@@ -139,8 +139,10 @@ def pair(kind: str = "plain", *, options: dict | None = None, **config) -> tuple
 
 CONFIGS = {
     "lora": {}, "dropout": {"lora_dropout": 0.4}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True},
-    "lora bias": {"lora_bias": True}, "trained bias": {"bias": "all"}, "mica": {"init_lora_weights": "mica"},
+    "lora bias": {"lora_bias": True}, "trained bias": {"bias": "all"},
 }  # fmt: skip
+if hasattr(peft.tuners.lora.variants, "MiCALinearVariant"):  # of newer ones
+    CONFIGS["mica"] = {"init_lora_weights": "mica"}
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -295,13 +297,14 @@ def test_saved_adapters_have_the_same_keys_and_load(config, tmp_path):
     fresh = Plain().double()
     loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "plain", is_trainable=True, autocast_adapter_dtype=False).double()
     adapter.adopt(head_of(loaded), engine="tiled")
-    loaded.load_adapter(tmp_path / "mine", "again", autocast_adapter_dtype=False)
     again = peft.PeftModel.from_pretrained(copy.deepcopy(Plain().double()), tmp_path / "plain", is_trainable=True)
-    again.double().load_state_dict({k: v for k, v in loaded.state_dict().items() if ".again." not in k}, strict=True)
+    again.double().load_state_dict(loaded.state_dict(), strict=True)
     check_step(loaded, again)
+    loaded.load_adapter(tmp_path / "mine", "again", autocast_adapter_dtype=False)
     loaded.set_adapter("again")
-    x, y = batch(loaded)
-    assert error(step(loaded, x, y, lazy=True)[0], step(again, x, y)[0]) < 1e-12
+    x, _ = batch(loaded)
+    logits = loaded(x)
+    assert isinstance(logits, bigclass.LazyLogits) and error(logits.materialize(), again(x)) < 1e-12
 
 
 def test_a_head_converted_before_peft_is_right_says_so_and_streams_once_adopted():
