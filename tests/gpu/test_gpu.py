@@ -108,6 +108,24 @@ def test_folds_columns_picks_and_pairs(engine, dtype):
 
 @every_road
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rank", [3, 8, 64])
+def test_adapters_of_a_frozen_weight(road, dtype, rank):
+    """Against the merged weight in float64; 3 half floats are no descriptor's row. Without a C x D gradient: none is asked for."""
+    x, w, b, y = problem("peaked", 400, 5003, 320, dtype)
+    w, lora = w.detach(), (torch.randn(rank, 320), torch.randn(5003, rank) * 0.1)
+    u, v = (t.to("cuda", dtype).requires_grad_() for t in lora)
+    merged = exact_nll(F.linear(x.double(), w.double() + 0.5 * v.double() @ u.double(), b.double()), y).mean()
+    loss, *grads = ours(x, w, b, y, road, lora=(u, v, 0.5))
+    grads = [*grads, *torch.autograd.grad(bigclass.linear_cross_entropy(x, w, y, linear_bias=b, engine=road[0], lora=(u, v, 0.5)), (u, v))]
+    truth = torch.autograd.grad(merged, (x, b, u, v))
+    limit = 1e-5 if dtype == torch.float32 else 8e-3
+    assert error(loss, merged) < limit
+    for got, want in zip(grads, truth, strict=True):
+        assert got.any() and error(got, want) < limit
+
+
+@every_road
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", [{}, {"subcenters": 4}, {"curriculum": torch.tensor(0.3)}, {"kind": "cosface"}], ids=str)
 def test_margin_losses_are_their_formula(road, dtype, options):
     centres, t = options.get("subcenters", 1), options.get("curriculum")
