@@ -26,6 +26,7 @@ from torch import Tensor
 import bigclass
 from bigclass import extras
 from bigclass.demo import data
+from bigclass.demo.memory import resident_peak
 
 MIB = 2**20
 
@@ -47,9 +48,14 @@ def small_llama(vocab: int, context: int, width: int) -> Any:
 
     config = LlamaConfig(
         vocab_size=vocab, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=4, num_attention_heads=4,
-        max_position_embeddings=context, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None,
+        max_position_embeddings=context, tie_word_embeddings=False, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     return LlamaForCausalLM(config)
+
+
+def linear_layers(model: Any) -> list[str]:
+    """Names for PEFT's target_modules: all linear layers, with the head (which "all-linear" leaves out)."""
+    return sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)})
 
 
 def fit(model: Any, train: list, test: list, steps: int, rate: float, options: argparse.Namespace) -> dict[str, Any]:
@@ -79,7 +85,7 @@ def fit(model: Any, train: list, test: list, steps: int, rate: float, options: a
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lora", action="store_true", help="adapters of PEFT on the linear layers of the blocks, instead of all weights")
+    parser.add_argument("--lora", action="store_true", help="PEFT's adapters on all linear layers, the head too")
     parser.add_argument("--rank", type=int, default=8, help="of the adapters")
     parser.add_argument("--dense", action="store_true", help="logits in memory, for comparison")
     parser.add_argument("--model", help="a folder with a model and its tokenizer, instead of the small one")
@@ -115,8 +121,10 @@ def main() -> None:
     if not options.dense:
         bigclass.convert_head(model)
     vocabulary, features = model.get_output_embeddings().weight.shape
-    kind = "dense" if options.dense else "streamed"
+    kind, peak = "dense" if options.dense else "streamed", resident_peak()
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters; head {vocabulary:,} x {features:,}, {kind}")
+    if peak is not None:
+        print(f"peak memory of the process before training {peak / MIB:,.0f} MiB")
 
     cut = len(ids) * 9 // 10
     seen, fresh = windows(ids[:cut], options.context), windows(ids[cut:], options.context)
@@ -126,7 +134,7 @@ def main() -> None:
     if options.lora:
         from peft import LoraConfig, get_peft_model
 
-        config = LoraConfig(r=options.rank, lora_alpha=4 * options.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        config = LoraConfig(r=options.rank, lora_alpha=4 * options.rank, target_modules=linear_layers(model), task_type="CAUSAL_LM")
         model = get_peft_model(model, config)
         if not options.dense:
             bigclass.convert_head(model)
@@ -142,7 +150,7 @@ def report(name: str, made: dict[str, Any]) -> None:
     if logs:
         peak = logs[-1].get("peak_memory_mib")
         told = "not told by this system" if peak is None else f"{peak:,.0f} MiB"
-        print(f"  peak memory of the process {told}; one matrix of a batch's dense logits {logs[-1]['dense_logits_mib']:,.0f} MiB")
+        print(f"  peak memory {told}; one matrix of a batch's dense logits {logs[-1]['dense_logits_mib']:,.0f} MiB")
 
 
 if __name__ == "__main__":

@@ -210,6 +210,13 @@ def test_a_model_that_is_not_converted_is_refused_where_evaluation_would_stream(
         trainer.evaluate()
 
 
+def test_data_parallel_is_refused(tmp_path):
+    several = arguments(tmp_path)
+    several._n_gpu = 2
+    with pytest.raises(ValueError, match=r"args: expected one GPU a process, got 2 .*torchrun"):
+        StreamedTrainer(converted(llama()), several, data_collator=collate)
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_memory_stands_in_the_logs(tmp_path, bf16):
     model = converted(llama())

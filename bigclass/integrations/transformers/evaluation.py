@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bigclass.core.errors import ArgumentError, ArgumentTypeError
 from bigclass.integrations.transformers.heads import base_model, loss_only
-from bigclass.integrations.transformers.loss import StreamedLoss, lm_loss
+from bigclass.integrations.transformers.loss import StreamedLoss, lm_loss, shift_of
 
 IGNORED = -100
 
@@ -93,8 +93,9 @@ def _shift_of(model: Any) -> int:
     loss = model.__dict__.get("_loss_function")
     if model.config.is_encoder_decoder:
         return 0  # the decoder's input has been moved
-    if isinstance(loss, StreamedLoss):
-        return loss.shift
+    named = loss.shift if isinstance(loss, StreamedLoss) else shift_of(getattr(model, "loss_type", None))
+    if named is not None:
+        return named
     raise ArgumentError(
         f"shift: expected 0 or 1, since {type(model).__name__} computes its loss by itself and does not tell how it moves labels; got None"
     )

@@ -38,6 +38,12 @@ def _calls_loss_function(cls: type) -> bool:
     return False
 
 
+def shift_of(loss_type: str | None) -> int | None:
+    """How far the loss that transformers calls so moves the labels; None where that is no loss over a vocabulary."""
+    moves = _SHIFTS.get(LOSS_MAPPING.get(loss_type))
+    return None if moves is None else int(moves)
+
+
 class StreamedLoss:
     """transformers' causal or masked language-modelling loss: streamed on lazy logits, as it was on real ones.
 

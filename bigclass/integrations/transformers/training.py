@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
+from bigclass.core.errors import ArgumentError
 from bigclass.demo.memory import resident_peak
 from bigclass.heads.lazy import LazyLogits
 from bigclass.integrations.transformers.heads import loss_only, output_head
@@ -26,13 +27,22 @@ class StreamedTrainer(Trainer):
     That is so with `prediction_loss_only=True`, and by `evaluate()` without `compute_metrics`. All else is the Trainer's.
 
     Raises:
-        ValueError: in such an evaluation, for a model whose head is not converted.
+        ValueError: in such an evaluation, for a model whose head is not converted; and in a process that sees several GPUs and was started
+            without a launcher, where the Trainer uses `nn.DataParallel`, which cannot gather lazy logits.
 
     Example:
         >>> model = bigclass.convert_head(AutoModelForCausalLM.from_pretrained(name))
         >>> trainer = StreamedTrainer(model, TrainingArguments("runs"), train_dataset=..., eval_dataset=..., callbacks=[MemoryCallback()])
         >>> trainer.train()
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ArgumentError(
+                f"args: expected one GPU a process, got {self.args.n_gpu} (nn.DataParallel cannot gather lazy logits); start with torchrun "
+                "or accelerate launch, or show the process one GPU (CUDA_VISIBLE_DEVICES=0)"
+            )
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
