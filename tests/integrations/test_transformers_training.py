@@ -388,6 +388,14 @@ def test_perplexity_writes_no_logits():
 # --- two processes
 
 
+def converted_through_wrappers() -> list[bool]:
+    """Compiled inside DistributedDataParallel, and the other way round. (Nothing is compiled before a first call.)"""
+    ddp = nn.parallel.DistributedDataParallel
+    return [
+        isinstance(output_head(converted(model)), bigclass.LMHead) for model in (ddp(torch.compile(llama())), torch.compile(ddp(llama())))
+    ]
+
+
 def ddp_gradients(rank: int, world: int, mode: str) -> Tensor:
     """Of the mean over all tokens, on this rank's half of the batch; twice, since a static graph is another one then."""
     model = converted(llama().double())
@@ -407,6 +415,7 @@ MODES = ("default", "static_graph", "find_unused_parameters")
 def on_two_ranks(rank: int, world: int, folder: str) -> dict[str, Any]:
     warnings.simplefilter("error", bigclass.LogitsWarning)
     made: dict[str, Any] = {mode: ddp_gradients(rank, world, mode) for mode in MODES}
+    made["wrapped"] = converted_through_wrappers()
     # what torchrun would have set; the process group is there already, so nobody listens there
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="localhost", MASTER_PORT="29500")
     made["trainer"] = trained(folder, converted(llama()), StreamedTrainer)
@@ -428,6 +437,10 @@ def test_two_processes_make_the_gradients_of_one(ranks, mode):
     expected = torch.cat([p.grad.flatten() for p in model.parameters()])
     for rank in ranks:
         assert error(rank[mode], expected) < 1e-6
+
+
+def test_conversion_sees_through_wrappers(ranks):
+    assert all(rank["wrapped"] == [True, True] for rank in ranks)
 
 
 def test_the_trainer_on_two_processes_trains_as_on_one_without_the_conversion(ranks, tmp_path):
