@@ -345,6 +345,23 @@ def test_masked_and_encoder_decoder_models_score_labels_where_they_stand():
             token_losses(model, ids)
 
 
+def test_a_head_with_adapters_streams_in_evaluation_too(tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    made = []
+    for convert in (converted, as_it_is):
+        torch.manual_seed(1)
+        config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
+        model = convert(peft.get_peft_model(llama(), config))
+        kind = StreamedTrainer if convert is converted else Trainer
+        seen = Heads(model)
+        trainer = kind(model, arguments(tmp_path), train_dataset=texts(32), eval_dataset=texts(9), data_collator=collate)
+        trainer.train()
+        made.append((curve(trainer), trainer.evaluate()["eval_loss"]))
+        assert set(seen.made) == {bigclass.LazyLogits if convert is converted else Tensor}
+    assert error(made[0][0], made[1][0]) < 1e-6
+    assert made[0][1] == pytest.approx(made[1][1], rel=1e-6)
+
+
 def test_what_cannot_be_told_is_an_error():
     model = converted(llama())
     with pytest.raises(ValueError, match="no token to predict"):
@@ -391,9 +408,8 @@ def test_perplexity_writes_no_logits():
 def converted_through_wrappers() -> list[bool]:
     """Compiled inside DistributedDataParallel, and the other way round. (Nothing is compiled before a first call.)"""
     ddp = nn.parallel.DistributedDataParallel
-    return [
-        isinstance(output_head(converted(model)), bigclass.LMHead) for model in (ddp(torch.compile(llama())), torch.compile(ddp(llama())))
-    ]
+    wrapped = ddp(torch.compile(llama())), torch.compile(ddp(llama()))
+    return [isinstance(output_head(converted(model)), bigclass.LMHead) for model in wrapped]
 
 
 def ddp_gradients(rank: int, world: int, mode: str) -> Tensor:
