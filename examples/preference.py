@@ -113,7 +113,7 @@ def swapped(lines: Tensor) -> Tensor:
 
 def read_lines(vocab: int, length: int) -> tuple[Tensor, list[str]]:
     """Lines (N, length) of the library whose tokens are all among the `vocab` most frequent, each once, and the tokens."""
-    text = [line.strip() for source in read_corpus(4_000_000) for line in source.splitlines()]
+    text = [line.strip() for source in read_corpus(3_000_000) for line in source.splitlines()]
     split = [TOKEN.findall(line) for line in dict.fromkeys(text) if line.isascii() and parses(line)]
     split = [tokens for tokens in split if PROMPT + 2 <= len(tokens) <= length - 2]
     tokens = ["<pad>", "<end>", *[t for t, _ in Counter(t for line in split for t in line).most_common(vocab - 2)]]

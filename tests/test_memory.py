@@ -235,3 +235,32 @@ def contrastive(n: int, d: int, sigmoid: bool):
 def test_contrastive_losses_store_no_matrix_of_logits(sigmoid, n, d, limit):
     """One matrix of 16384 x 16384 is 1 GiB, and the dense forms make four or five."""
     assert peak(contrastive, n, d, sigmoid) <= limit
+
+
+def distilled(n: int, c: int, d: int, e: int, dtype: torch.dtype, options: dict):
+    """A divergence from a streamed teacher and the student's gradients, warmed up on a small problem."""
+
+    def make(n: int, c: int):
+        student = [(0.1 * torch.randn(*s)).to(dtype).requires_grad_() for s in ((n, d), (c, d))]
+        return [*student, *[(0.1 * torch.randn(*s)).to(dtype) for s in ((n, e), (c, e))]]
+
+    def run(x, w, u, v):
+        bigclass.linear_kl_div(x, w, u, v, engine="tiled", temperature=2.0, **options).sum().backward()
+        return x.grad, w.grad
+
+    for _ in range(2):
+        run(*make(64, 3000))
+    problem = make(n, c)
+    return lambda: run(*problem)
+
+
+@pytest.mark.parametrize("options", [{"softcap": 30.0}, {"divergence": "jensen_shannon", "beta": 0.3}, {"reduction": "none"}], ids=str)
+def test_distillation_stores_neither_matrix_of_logits(options):
+    """Each has 137 MiB here, and a dense step holds five or more."""
+    assert peak(distilled, 600, 60000, 16, 24, torch.float32, options) <= 96
+
+
+def test_distillation_of_half_types_adds_one_fp32_dw_and_widens_no_weight_whole():
+    c, d = 60000, 256
+    assert peak(distilled, 64, c, d, 512, torch.bfloat16, {}) <= 96 + c * d * 4 / MIB
+    assert peak(distilled, 64, c, d, 512, torch.bfloat16, {"reduction": "none"}) <= 96

@@ -14,8 +14,9 @@ losses near 1e-8: gradients are right to 4e-4, of two log-softmaxes to 6e-2). lo
 
     c = -log1p(v (e^-|r| - 1)),  v = 1-b where r >= 0, else b        log(p/m) = c + min(r, 0)        log(q/m) = c - max(r, 0)
 
-which overflows nowhere and cancels nowhere. A class that a distribution gives nothing adds nothing to that distribution's own average
-(0 log 0 = 0), whatever the other gives it; logits of -inf in both are therefore as if the class were not there.
+which overflows nowhere and cancels nowhere. Where a gradient is q times a difference to an expectation, a confident student's largest
+class is nearly all of that expectation, and is kept apart (`Expected`). A class that a distribution gives nothing adds nothing to that
+distribution's own average (0 log 0 = 0), whatever the other gives it; logits of -inf in both are therefore as if the class were not there.
 
 To add one, subclass `Divergence` under `@register_divergence`; engines need no edit.
 """
@@ -67,7 +68,7 @@ class Divergence:
         """D (n,) from the sums (n, width) over all classes and the student's l - 1 (n,)."""
         raise NotImplementedError
 
-    def gradient(self, tile: PairTile, sums: Tensor) -> Tensor:
+    def gradient(self, tile: PairTile, sums: Tensor, rest: Tensor) -> Tensor:
         """dD/ds (n, c) in the place of q. May use everything up. Only where D is finite need it be right."""
         raise NotImplementedError
 
@@ -120,7 +121,7 @@ class CrossEntropy(Divergence):
     def value(self, sums, rest):
         return torch.log1p(rest) - sums[:, 0]
 
-    def gradient(self, tile, sums):
+    def gradient(self, tile, sums, rest):
         return _difference(tile)
 
     def dense(self, log_p, log_q):
@@ -141,28 +142,61 @@ class Forward(Divergence):
     def value(self, sums, rest):
         return sums[:, 0]
 
-    def gradient(self, tile, sums):
+    def gradient(self, tile, sums, rest):
         return _difference(tile)
 
     def dense(self, log_p, log_q):
         return _weighed(log_p.exp(), log_p - log_q)
 
 
+class Expected(Divergence):
+    """D is, or has in it, sum_j q h with dD/ds_j = q_j (h_j - sum_j q h). Sums: q h of all but the largest s; the h of that one, h_top.
+
+    A confident student's h_top is nearly the whole expectation, and their difference is made without it:
+    h_top - sum q h = (1 - q_top) h_top - sum of q h over the others, with 1 - q_top = rest / (1 + rest).
+    """
+
+    width: ClassVar[int] = 2
+
+    def slope(self, tile: PairTile) -> Tensor:
+        """h (n, c), in the place of b. Leaves p, q and r alone."""
+        raise NotImplementedError
+
+    def expectation(self, sums: Tensor, rest: Tensor) -> Tensor:
+        """sum_j q h (n,)."""
+        return sums[:, 0] + sums[:, 1] / (1.0 + rest)
+
+    def sums(self, tile):
+        return self.parts(tile, self.slope(tile))
+
+    @staticmethod
+    def parts(tile: PairTile, h: Tensor) -> list[Tensor]:
+        """This tile's part of both sums. Uses h up."""
+        top = torch.where(tile.inside, h.gather(1, tile.at), 0.0)
+        terms = torch.mul(tile.q, h, out=h)
+        terms.scatter_(1, tile.at, torch.where(tile.inside, 0.0, terms.gather(1, tile.at)))
+        return [terms.nansum(1, keepdim=True), top]
+
+    def gradient(self, tile, sums, rest):
+        h, q = self.slope(tile), tile.q.gather(1, tile.at)
+        others, top = sums[:, :1], sums[:, 1:2]
+        made = q * (rest / (1.0 + rest) * top.squeeze(1) - others.squeeze(1)).unsqueeze(1)
+        out = tile.q.mul_(h.sub_(self.expectation(sums, rest).unsqueeze(1)))
+        return out.scatter_(1, tile.at, torch.where(tile.inside, made, out.gather(1, tile.at)))
+
+
 @register_divergence
 @dataclass(frozen=True, eq=False)
-class Reverse(Divergence):
+class Reverse(Expected):
     """KL(q || p)."""
 
     name: ClassVar[str] = "reverse"
 
-    def sums(self, tile):
-        return [_average(tile.q, tile.r, tile.b)]
+    def slope(self, tile):
+        return torch.neg(tile.r, out=tile.b)
 
     def value(self, sums, rest):
-        return -sums[:, 0]
-
-    def gradient(self, tile, sums):
-        return tile.q.mul_(torch.sub(sums, tile.r, out=tile.b))
+        return self.expectation(sums, rest)
 
     def dense(self, log_p, log_q):
         return _weighed(log_q.exp(), log_q - log_p)
@@ -170,11 +204,11 @@ class Reverse(Divergence):
 
 @register_divergence
 @dataclass(frozen=True, eq=False)
-class JensenShannon(Divergence):
-    """b KL(p || m) + (1-b) KL(q || m), m = b p + (1-b) q. numbers: (b,), 0 < b < 1 (Agarwal et al., arXiv:2306.13649, equation 1)."""
+class JensenShannon(Expected):
+    """b KL(p || m) + (1-b) KL(q || m), m = b p + (1-b) q. numbers: (b,), 0 < b < 1 (Agarwal et al., arXiv:2306.13649, section 2)."""
 
     name: ClassVar[str] = "jensen_shannon"
-    width: ClassVar[int] = 2
+    width: ClassVar[int] = 3
 
     def _common(self, tile: PairTile) -> Tensor:
         """c, in the place of b."""
@@ -186,17 +220,20 @@ class JensenShannon(Divergence):
             c.mul_(torch.ge(tile.r, 0.0, out=tile.work("side")).mul_(1.0 - 2.0 * beta).add_(beta))
         return c.log1p_().neg_()
 
+    def slope(self, tile):
+        return self._slope(tile, self._common(tile))
+
+    def _slope(self, tile: PairTile, c: Tensor) -> Tensor:
+        """(1-b) log(q/m), in the place of c."""
+        return c.sub_(torch.clamp(tile.r, min=0.0, out=tile.work("side"))).mul_(1.0 - self.numbers[0])
+
     def sums(self, tile):
         c, work = self._common(tile), tile.work("side")
         of_p = _average(tile.p, torch.clamp(tile.r, max=0.0, out=work).add_(c), work)
-        return [of_p, _average(tile.q, torch.sub(c, torch.clamp(tile.r, min=0.0, out=work), out=work), work)]
+        return [*self.parts(tile, self._slope(tile, c)), of_p]
 
     def value(self, sums, rest):
-        return self.numbers[0] * sums[:, 0] + (1.0 - self.numbers[0]) * sums[:, 1]
-
-    def gradient(self, tile, sums):
-        log_ratio = self._common(tile).sub_(tile.r.clamp_(min=0.0))
-        return tile.q.mul_(log_ratio.sub_(sums[:, 1:])).mul_(1.0 - self.numbers[0])
+        return self.numbers[0] * sums[:, 2] + self.expectation(sums, rest)
 
     def dense(self, log_p, log_q):
         (beta,) = self.numbers

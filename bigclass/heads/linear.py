@@ -107,10 +107,14 @@ class LinearHead(nn.Linear):
         if self.engine not in ENGINES:
             raise ArgumentError(f"engine: expected one of {ENGINES}, got {self.engine!r}")
 
+    @property
+    def streams(self) -> bool:
+        """Are the logits of a forward without targets lazy ones now?"""
+        return self.lazy and (self.always_lazy or (self.training and torch.is_grad_enabled())) and not in_transform()
+
     def _output(self, features: Tensor) -> Tensor | LazyLogits:
         """What a forward without targets returns."""
-        streamed = self.always_lazy or (self.training and torch.is_grad_enabled())
-        if not (self.lazy and streamed) or in_transform():
+        if not self.streams:
             return self.logits(features)
         return lazy_logits(features, self.weight, self.bias, self.maps, self.engine)
 

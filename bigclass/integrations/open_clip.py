@@ -160,8 +160,9 @@ class DistillClipLoss(_DistillClipLoss, ClipLoss):
                 scale = replicated(scale, ranks, scalars)
                 every = [gather_rows(t, sizes, ranks) for t in (images, texts, teacher_images.detach(), teacher_texts.detach())]
             every = [t.to(like.dtype) for t, like in zip(every, (images, texts, teacher_images, teacher_texts), strict=True)]
-        loss = teacher_cross_entropy(images, every[1], scale, teacher_images, every[3], teacher_scale)
-        loss = loss + teacher_cross_entropy(texts, every[0], scale, teacher_texts, every[2], teacher_scale)
+        engine = "auto" if self.engine == "fused" else self.engine  # two streams have no fused engine
+        loss = teacher_cross_entropy(images, every[1], scale, teacher_images, every[3], teacher_scale, engine)
+        loss = loss + teacher_cross_entropy(texts, every[0], scale, teacher_texts, every[2], teacher_scale, engine)
         loss = loss / (2 * total)
         return loss if ranks is None or self.local_loss else sum_over(loss, ranks)
 

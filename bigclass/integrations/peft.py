@@ -27,7 +27,6 @@ import torch
 from torch import Tensor, nn
 
 from bigclass.core.errors import ArgumentError, ArgumentTypeError
-from bigclass.core.guards import in_transform
 from bigclass.core.norms import adapted_norms
 from bigclass.extras import require
 from bigclass.heads.lazy import LazyLogits, lazy_logits
@@ -132,9 +131,8 @@ class _Streamed(nn.Module):
         labels = options.pop("target", None) if labels is None else labels
         if labels is not None:
             return type(head).forward(head, self.recipe(x), labels, *args, **options)
-        lazy = self.training and head.lazy and torch.is_grad_enabled() and not in_transform()
         # PEFT would add its adapters behind the head's own scale and soft cap
-        if not lazy and not head.maps:
+        if not head.streams and not head.maps:
             return super().forward(x, *args, **options)
         if options.pop("adapter_names", None) is not None:
             raise ArgumentError(
@@ -143,7 +141,7 @@ class _Streamed(nn.Module):
         options.pop("alora_offsets", None)  # for a kind of adapter that `recipe` refuses
         if args or options:
             raise TypeError(f"forward: unexpected arguments {[*args, *options]}; known: labels, with those of {type(head).__name__}")
-        return self.recipe(x) if lazy else self.recipe(x).materialize()
+        return self.recipe(x) if head.streams else self.recipe(x).materialize()
 
     def loss(self, hidden: Tensor, labels: Any, **options: Any) -> Any:
         """`self(hidden, labels, ...)` under a name of its own; it is a forward, so hooks run."""

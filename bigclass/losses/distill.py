@@ -15,6 +15,7 @@ A temperature moves into the scale and the soft cap: cap tanh(z / cap) / T = cap
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -24,12 +25,12 @@ from torch import Tensor
 from bigclass.core.compare import compare_rows, compare_sum
 from bigclass.core.divergences import DIVERGENCES, CrossEntropy, Divergence
 from bigclass.core.errors import ArgumentError, ArgumentTypeError
-from bigclass.core.folds import LogSumExp, log_sum_exp
+from bigclass.core.folds import LogSumExp
 from bigclass.core.op import reduce_logits, stream_loss
 from bigclass.core.row_losses import ROW_LOSSES, register_row_loss
 from bigclass.core.stream import Softcap, Stream
 from bigclass.losses.inputs import check_index, check_linear, check_range, check_scale, check_tensor, make_stream
-from bigclass.losses.softmax import others
+from bigclass.losses.softmax import beside_largest, others
 from bigclass.losses.targets import SparseTarget
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -96,13 +97,24 @@ def linear_kl_div(
     Models: Learning from Self-Generated Mistakes" (GKD), arXiv:2306.13649, section 2.
     """
     check_linear(input, linear_weight, linear_bias)
-    _check_options(reduction, temperature)
-    kind = _divergence(divergence, beta)
+    check_options(reduction, temperature)
     student = _tempered(input, linear_weight, linear_bias, softcap, logit_scale, temperature)
     teacher = _teacher(input, linear_weight, teacher_input, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale, temperature)
-    lead, keep = input.shape[:-1], _kept(mask, input)
+    return kl_div(
+        student, teacher, input.shape[:-1], divergence=divergence, beta=beta, temperature=temperature, reduction=reduction, mask=mask,
+        engine=engine,
+    )  # fmt: skip
+
+
+def kl_div(
+    student: Stream, teacher: Stream, lead: Sequence[int], *, divergence: str = "forward", beta: float = 0.5, temperature: float = 1.0,
+    reduction: str = "mean", mask: Tensor | None = None, engine: str = "auto",
+) -> Tensor:  # fmt: skip
+    """`linear_kl_div` of two streams, at the temperature already, whose N rows are `lead`; options: `check_options`."""
+    kind = _divergence(divergence, beta)
+    keep = _kept(mask, lead, student.device)
     if reduction == "none":
-        return (compare_rows(student, teacher, kind, keep=keep, engine=engine) * temperature**2).reshape(lead)
+        return (compare_rows(student, teacher, kind, keep=keep, engine=engine) * temperature**2).reshape(tuple(lead))
     rows = _Rows(student, keep, temperature, reduction)
     return rows.finish(compare_sum(student, teacher, kind, rows.factor, keep=keep, engine=engine))
 
@@ -156,12 +168,12 @@ def linear_topk_kl_div(
     Hinton et al., arXiv:1503.02531.
     """
     check_linear(input, linear_weight, linear_bias)
-    _check_options(reduction, temperature)
+    check_options(reduction, temperature)
     if rest not in RESTS:
         raise ArgumentError(f"rest: expected one of {RESTS}, got {rest!r}")
     lead, classes = input.shape[:-1], linear_weight.shape[0]
     _check_stored(teacher_index, teacher_log_prob, input)
-    keep = _kept(mask, input)
+    keep = _kept(mask, lead, input.device)
     student = _tempered(input, linear_weight, linear_bias, softcap, logit_scale, temperature)
     index, p, tail = _stored(teacher_index, teacher_log_prob, rest, keep, student)
     check_range("teacher_index", index, index != -1, classes)
@@ -181,8 +193,7 @@ def linear_topk_kl_div(
 def topk_row_loss(folds, picked, args, numbers):
     """args: (N, K) which picks there are, p, log p; (N,) the teacher's tail, its logarithm, factors of the row."""
     there, p, log_p, tail, log_tail, factor = args
-    rest = log_sum_exp(folds[0])
-    s = torch.where(there > 0, picked, torch.finfo(picked.dtype).min)
+    s, rest, _ = beside_largest(folds[0], torch.where(there > 0, picked, torch.finfo(picked.dtype).min))
     nll = -F.logsigmoid(s - others(rest, s))  # -log q, which keeps its digits for a certain student
     among = torch.where(p > 0, p * (log_p + nll), 0.0).sum(1)
     # a tail of the teacher where the student has none: infinite, as it should be
@@ -197,7 +208,8 @@ def teacher_cross_entropy(
 
     x (N, D), w (C, D), scale of one element: get gradients. teacher_x (N, E), teacher_w (C, E), teacher_scale: constants.
     """
-    student, teacher = (make_stream(*t, None, None, a) for *t, a in ((x, w, scale), (teacher_x, teacher_w, teacher_scale)))
+    student = make_stream(x, w, None, None, scale)
+    teacher = make_stream(teacher_x, teacher_w, None, None, teacher_scale)
     return compare_sum(student, teacher, CrossEntropy(), x.new_ones(x.shape[0], dtype=_exact(x.device)), engine=engine)
 
 
@@ -222,7 +234,8 @@ def _exact(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _check_options(reduction: str, temperature: float) -> None:
+def check_options(reduction: str, temperature: float) -> None:
+    """Raise for a reduction or a temperature that is none."""
     if reduction not in REDUCTIONS:
         raise ArgumentError(f"reduction: expected one of {REDUCTIONS} ('mean' is over rows, torch's 'batchmean'), got {reduction!r}")
     if isinstance(temperature, Tensor) or not 0.0 < temperature < math.inf:
@@ -284,17 +297,17 @@ def _teacher(
     return replace(stream, pairs=(), given=teacher_input.reshape(-1, classes))
 
 
-def _kept(mask: Tensor | None, input: Tensor) -> Tensor | None:
+def _kept(mask: Tensor | None, lead: Sequence[int], device: torch.device) -> Tensor | None:
     """The mask (N,); None if it is known that every row counts (known: on a CPU, outside a traced graph)."""
     if mask is None:
         return None
     check_tensor("mask", mask)
     if mask.dtype != torch.bool:
         raise ArgumentTypeError(f"mask: expected a bool tensor, got {mask.dtype}")
-    if mask.device != input.device:
-        raise ArgumentError(f"mask: expected device {input.device} (that of input), got {mask.device}")
-    if mask.shape != input.shape[:-1]:
-        raise ArgumentError(f"mask: expected shape {tuple(input.shape[:-1])}, got {tuple(mask.shape)}")
+    if mask.device != device:
+        raise ArgumentError(f"mask: expected device {device} (that of input), got {mask.device}")
+    if tuple(mask.shape) != tuple(lead):
+        raise ArgumentError(f"mask: expected shape {tuple(lead)}, got {tuple(mask.shape)}")
     if not torch.compiler.is_compiling() and mask.device.type == "cpu" and bool(mask.all()):
         return None
     return mask.reshape(-1)
@@ -327,4 +340,5 @@ def _stored(index: Tensor, log_prob: Tensor, rest: str, keep: Tensor | None, str
     else:  # 1 - P in the form that keeps its digits; rounding may have left P above 1
         tail = -torch.expm1(log_p.logsumexp(1).clamp_max(0.0))
     index, p = SparseTarget(index, log_p.exp(), stream.shape[1]).merged()
-    return index, p, tail
+    # where every class is listed, what is left is rounding, which no class could hold
+    return index, p, tail.masked_fill((index >= 0).sum(1) == stream.shape[1], 0.0)

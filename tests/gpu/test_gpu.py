@@ -108,6 +108,24 @@ def test_folds_columns_picks_and_pairs(engine, dtype):
 
 @every_road
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rank", [3, 8, 64])
+def test_adapters_of_a_frozen_weight(road, dtype, rank):
+    """Against the merged weight in float64; 3 half floats are no descriptor's row. Without a C x D gradient: none is asked for."""
+    x, w, b, y = problem("peaked", 400, 5003, 320, dtype)
+    w, lora = w.detach(), (torch.randn(rank, 320), torch.randn(5003, rank) * 0.1)
+    u, v = (t.to("cuda", dtype).requires_grad_() for t in lora)
+    merged = exact_nll(F.linear(x.double(), w.double() + 0.5 * v.double() @ u.double(), b.double()), y).mean()
+    loss, *grads = ours(x, w, b, y, road, lora=(u, v, 0.5))
+    grads = [*grads, *torch.autograd.grad(bigclass.linear_cross_entropy(x, w, y, linear_bias=b, engine=road[0], lora=(u, v, 0.5)), (u, v))]
+    truth = torch.autograd.grad(merged, (x, b, u, v))
+    limit = 1e-5 if dtype == torch.float32 else 8e-3
+    assert error(loss, merged) < limit
+    for got, want in zip(grads, truth, strict=True):
+        assert got.any() and error(got, want) < limit
+
+
+@every_road
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", [{}, {"subcenters": 4}, {"curriculum": torch.tensor(0.3)}, {"kind": "cosface"}], ids=str)
 def test_margin_losses_are_their_formula(road, dtype, options):
     centres, t = options.get("subcenters", 1), options.get("curriculum")
@@ -396,3 +414,62 @@ def test_multi_token_losses_are_those_of_float64_and_do_not_wait_for_the_device(
         torch.cuda.set_sync_debug_mode("default")
     for got, same, want in zip(first, again, truth, strict=True):
         assert torch.equal(got, same) and error(got, want) < (1e-5 if dtype == torch.float32 else 8e-3)
+
+
+def distilled(leaves, engine: str, gradients: str, **options) -> list[Tensor]:
+    x, w, u, v = leaves
+    with bigclass.planning(gradients=gradients):
+        loss = bigclass.linear_kl_div(x, w, u, v, engine=engine, **options)
+    return [loss, *torch.autograd.grad(loss.sum(), (x, w))]
+
+
+def taught(dtype: torch.dtype, n: int = 700, c: int = 5003) -> list[Tensor]:
+    g = torch.Generator().manual_seed(0)
+    made = [torch.randn(*s, generator=g) / s[1] ** 0.5 for s in ((n, 96), (c, 96), (n, 160), (c, 160))]
+    return [(3.0 * t).to("cuda", dtype).requires_grad_(i < 2) for i, t in enumerate(made)]
+
+
+DIVERGED = [{"divergence": "forward"}, {"divergence": "reverse", "softcap": 5.0}, {"divergence": "jensen_shannon", "beta": 0.3}]
+
+
+@pytest.mark.parametrize("gradients", ["forward", "recompute"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", DIVERGED, ids=str)
+def test_distillation_is_that_of_float64_and_the_same_bits_every_run(gradients, dtype, options):
+    leaves, mask = taught(dtype), torch.arange(700, device="cuda") % 5 > 0
+    options = options | {"temperature": 2.0, "mask": mask}
+    clean = [t.detach().double().requires_grad_(t.requires_grad) for t in leaves]
+    truth = distilled(clean, "dense", "auto", **options)
+    with torch.no_grad():
+        leaves[0][0], leaves[2][5] = torch.nan, torch.nan  # rows that do not count
+    runs = [distilled(leaves, "auto", gradients, **options) for _ in range(2)]
+    for made, other, t in zip(*runs, truth, strict=True):
+        assert torch.equal(made, other) and error(made, t) < (2e-5 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_distillation_does_not_wait_for_the_device_and_compiles_to_one_graph(reduction):
+    leaves, mask = taught(torch.bfloat16), torch.arange(700, device="cuda") % 5 > 0
+    index = torch.zeros(700, 8, dtype=torch.long, device="cuda").add_(torch.arange(8, device="cuda"))
+    log_p = torch.full((700, 8), -3.0, device="cuda")
+
+    def run():
+        made = distilled(leaves, "tiled", "auto", divergence="jensen_shannon", reduction=reduction, mask=mask)
+        bigclass.linear_topk_kl_div(*leaves[:2], index, log_p, reduction=reduction, mask=mask).sum().backward()
+        return made
+
+    run()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        plain = run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    compiled = torch.compile(lambda x, w: bigclass.linear_kl_div(
+        x, w, *leaves[2:], divergence="jensen_shannon", reduction=reduction, mask=mask, engine="tiled").sum(), fullgraph=True)  # fmt: skip
+    for made, t in zip(torch.autograd.grad(compiled(*leaves[:2]), leaves[:2]), plain[1:], strict=True):
+        assert error(made, t) < 1e-2
+
+
+def test_distillation_over_two_streams_has_no_fused_engine():
+    with pytest.raises(ValueError, match="two streams"):
+        distilled(taught(torch.bfloat16), "fused", "auto")

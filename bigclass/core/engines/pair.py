@@ -58,7 +58,7 @@ class _Pair:
     def gradient(self, tile: PairTile, stats: Tensor, g: Tensor, mask: Tensor | None) -> Tensor:
         """g_i dD_i/ds_ij. NaN for the whole row where D is infinite or NaN and its gradient is made of it."""
         sums = stats[:, 4:]
-        out = self.divergence.gradient(tile, sums)
+        out = self.divergence.gradient(tile, sums, stats[:, 3])
         g = g + _nothing(stats)
         if self.divergence.waits:  # where one of p and q is 0, r is infinite, and 0 times that is NaN
             out.nan_to_num_(0.0, 0.0, 0.0)

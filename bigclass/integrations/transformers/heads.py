@@ -15,7 +15,7 @@ import contextlib
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -177,7 +177,7 @@ def head_options(model: Any, **inputs: Any) -> dict[str, float]:
     name = type(bare).__name__
     if not isinstance(logits, LazyLogits):
         raise ArgumentError(f"model: {name} returned {type(logits).__name__} for its logits, so they cannot be read")
-    s, own = logits.stream, output_head(model).bias
+    s, own = logits.stream, cast(Any, output_head(model)).bias
     if s.bias is not None and (s.bias if own is None else s.bias - own).count_nonzero():
         raise ArgumentError(f"model: {name} adds a class bias of its own to its logits, which is no option of a head; use its lazy logits")
     return _options_of(s.scale, s.maps, name)

@@ -6,12 +6,14 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from bigclass.core.errors import ArgumentError, ArgumentTypeError
+from bigclass.core.stream import Stream
 from bigclass.extras import require
 from bigclass.heads.lazy import LazyLogits
+from bigclass.losses.distill import check_options, kl_div
+from bigclass.losses.inputs import shifted
 
 require("transformers")
 
@@ -97,18 +99,11 @@ def lm_loss(
         >>> logits = model(input_ids=ids).logits  # of a converted model in training
         >>> loss = lm_loss(logits, ids, z_loss=1e-4)
     """
-    if not isinstance(logits, LazyLogits):
-        raise ArgumentTypeError(
-            f"logits: expected the lazy logits of a converted model (in training, or within loss_only), got {type(logits).__name__}"
-        )
-    if not isinstance(labels, Tensor):
-        raise ArgumentTypeError(f"labels: expected a tensor of token ids, got {type(labels).__name__}")
-    if labels.numel() * logits.shape[-1] != logits.numel():
-        raise ArgumentError(f"labels: expected a label for each of the positions {tuple(logits.shape[:-1])}, got {tuple(labels.shape)}")
-    target = F.pad(labels, (0, shift), value=ignore_index)[..., shift:] if shift else labels
-    rows = logits.float().view(-1, logits.shape[-1])
+    _check_logits("logits", logits)
+    target = _moved(labels, shift, ignore_index, logits)
+    rows = logits.view(-1, logits.shape[-1])
     out = rows.cross_entropy(
-        target.reshape(-1).to(logits.device), ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
+        target.reshape(-1), ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
         z_loss=z_loss, return_stats=return_stats,
     )  # fmt: skip
     if not return_stats:
@@ -116,3 +111,67 @@ def lm_loss(
     loss, stats = out
     shaped = stats._replace(lse=stats.lse.reshape(labels.shape), correct=stats.correct.reshape(labels.shape))
     return (loss.reshape(labels.shape) if reduction == "none" else loss), shaped
+
+
+def lm_kl_div(
+    logits: Any, teacher_logits: Any, labels: Any = None, *, shift: int = 1, ignore_index: int = -100, divergence: str = "forward",
+    beta: float = 0.5, temperature: float = 1.0, reduction: str = "mean",
+) -> Tensor:  # fmt: skip
+    """Divergence of a student from a teacher, both of transformers, from their lazy logits: neither's N x C numbers are made.
+
+    Scales, soft caps and biases that the models put on their logits are part of them.
+
+    Args:
+        logits: `LazyLogits` (..., T, C) of the student, a converted model in training.
+        teacher_logits: the teacher's (..., T, C), a constant: lazy ones (`loss_only(teacher)`), of any width, or a tensor of stored ones.
+        labels: (..., T) tokens; position t counts where labels[..., t + shift] is there and not ignore_index. None: every position does.
+        divergence, beta, temperature, reduction: as in `bigclass.linear_kl_div`.
+
+    Returns:
+        The loss, as `bigclass.linear_kl_div`; with reduction "none" (..., T), 0 at positions that do not count.
+
+    Raises:
+        TypeError: for a student's logits that are not lazy. ValueError: for shapes that do not fit.
+
+    Example:
+        >>> with torch.no_grad(), loss_only(teacher.eval()):
+        ...     taught = teacher(input_ids=ids).logits
+        >>> loss = lm_kl_div(student(input_ids=ids).logits, taught, ids, temperature=2.0)
+    """
+    _check_logits("logits", logits)
+    check_options(reduction, temperature)
+    if not isinstance(teacher_logits, LazyLogits | Tensor):
+        raise ArgumentTypeError(f"teacher_logits: expected lazy logits or a tensor of them, got {type(teacher_logits).__name__}")
+    if tuple(teacher_logits.shape) != tuple(logits.shape):
+        raise ArgumentError(
+            f"teacher_logits: expected the student's shape {tuple(logits.shape)}, got {tuple(teacher_logits.shape)}; of a vocabulary that "
+            "was padded take the classes that both have, teacher_logits[..., :C], in both"
+        )
+    mask = None if labels is None else (_moved(labels, shift, ignore_index, logits) != ignore_index).reshape(logits.shape[:-1])
+    student, taught = logits / temperature, teacher_logits / temperature
+    student.check()
+    if isinstance(taught, LazyLogits):
+        taught.check()
+        teacher = taught.stream
+    else:
+        teacher = Stream(given=taught.reshape(-1, taught.shape[-1]))
+    return kl_div(
+        student.stream, teacher, tuple(logits.shape[:-1]), divergence=divergence, beta=beta, temperature=temperature, reduction=reduction,
+        mask=mask, engine=logits.engine,
+    )  # fmt: skip
+
+
+def _check_logits(name: str, logits: Any) -> None:
+    if not isinstance(logits, LazyLogits):
+        raise ArgumentTypeError(
+            f"{name}: expected the lazy logits of a converted model (in training, or within loss_only), got {type(logits).__name__}"
+        )
+
+
+def _moved(labels: Any, shift: int, ignore_index: int, logits: LazyLogits) -> Tensor:
+    """The label of each position, in the shape of the labels."""
+    if not isinstance(labels, Tensor):
+        raise ArgumentTypeError(f"labels: expected a tensor of token ids, got {type(labels).__name__}")
+    if labels.numel() * logits.shape[-1] != logits.numel():
+        raise ArgumentError(f"labels: expected a label for each of the positions {tuple(logits.shape[:-1])}, got {tuple(labels.shape)}")
+    return shifted("labels", labels, shift, ignore_index)[0].to(logits.device)
