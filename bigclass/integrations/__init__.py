@@ -39,22 +39,32 @@ def convert_head(model: Model, **options: Any) -> Model:
         >>> model = bigclass.convert_head(AutoModelForCausalLM.from_pretrained(name))
         >>> loss = model(input_ids=ids, labels=ids).loss  # no logits over the vocabulary
     """
-    _adapter(model).convert_head(getattr(model, "_orig_mod", model), **options)
+    _adapter(model).convert_head(unwrapped(model), **options)
     return model
 
 
 def restore_head(model: Model) -> Model:
     """Undo `convert_head`, in place, and return the model."""
-    _adapter(model).restore_head(getattr(model, "_orig_mod", model))
+    _adapter(model).restore_head(unwrapped(model))
     return model
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside wrappers of torch.compile and of DistributedDataParallel, whichever stands around which."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
 
 
 def _adapter(model: Any) -> Any:
     """The module of this package that knows this kind of model. No library is imported that the model has not brought along."""
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"model: expected a module, got {type(model).__name__}")
-    bare = getattr(model, "_orig_mod", model)  # inside torch.compile's wrapper
-    bare = bare.module if isinstance(bare, nn.parallel.DistributedDataParallel) else bare
+    bare = unwrapped(model)
     if _is_a(bare, "transformers", "PreTrainedModel") or _is_a(bare, "peft", "PeftModel"):
         from bigclass.integrations import transformers
 

@@ -345,6 +345,23 @@ def test_masked_and_encoder_decoder_models_score_labels_where_they_stand():
             token_losses(model, ids)
 
 
+def test_a_head_with_adapters_streams_in_evaluation_too(tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    made = []
+    for convert in (converted, as_it_is):
+        torch.manual_seed(1)
+        config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
+        model = convert(peft.get_peft_model(llama(), config))
+        kind = StreamedTrainer if convert is converted else Trainer
+        seen = Heads(model)
+        trainer = kind(model, arguments(tmp_path), train_dataset=texts(32), eval_dataset=texts(9), data_collator=collate)
+        trainer.train()
+        made.append((curve(trainer), trainer.evaluate()["eval_loss"]))
+        assert set(seen.made) == {bigclass.LazyLogits if convert is converted else Tensor}
+    assert error(made[0][0], made[1][0]) < 1e-6
+    assert made[0][1] == pytest.approx(made[1][1], rel=1e-6)
+
+
 def test_what_cannot_be_told_is_an_error():
     model = converted(llama())
     with pytest.raises(ValueError, match="no token to predict"):
@@ -388,6 +405,13 @@ def test_perplexity_writes_no_logits():
 # --- two processes
 
 
+def converted_through_wrappers() -> list[bool]:
+    """Compiled inside DistributedDataParallel, and the other way round. (Nothing is compiled before a first call.)"""
+    ddp = nn.parallel.DistributedDataParallel
+    wrapped = ddp(torch.compile(llama())), torch.compile(ddp(llama()))
+    return [isinstance(output_head(converted(model)), bigclass.LMHead) for model in wrapped]
+
+
 def ddp_gradients(rank: int, world: int, mode: str) -> Tensor:
     """Of the mean over all tokens, on this rank's half of the batch; twice, since a static graph is another one then."""
     model = converted(llama().double())
@@ -407,6 +431,7 @@ MODES = ("default", "static_graph", "find_unused_parameters")
 def on_two_ranks(rank: int, world: int, folder: str) -> dict[str, Any]:
     warnings.simplefilter("error", bigclass.LogitsWarning)
     made: dict[str, Any] = {mode: ddp_gradients(rank, world, mode) for mode in MODES}
+    made["wrapped"] = converted_through_wrappers()
     # what torchrun would have set; the process group is there already, so nobody listens there
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="localhost", MASTER_PORT="29500")
     made["trainer"] = trained(folder, converted(llama()), StreamedTrainer)
@@ -428,6 +453,10 @@ def test_two_processes_make_the_gradients_of_one(ranks, mode):
     expected = torch.cat([p.grad.flatten() for p in model.parameters()])
     for rank in ranks:
         assert error(rank[mode], expected) < 1e-6
+
+
+def test_conversion_sees_through_wrappers(ranks):
+    assert all(rank["wrapped"] == [True, True] for rank in ranks)
 
 
 def test_the_trainer_on_two_processes_trains_as_on_one_without_the_conversion(ranks, tmp_path):

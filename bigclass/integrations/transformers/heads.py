@@ -25,6 +25,7 @@ from bigclass.core.stream import Scale, Softcap
 from bigclass.extras import require
 from bigclass.heads.lazy import LazyLogits
 from bigclass.heads.linear import LinearHead, LMHead, is_plain_linear
+from bigclass.integrations import unwrapped
 from bigclass.integrations.transformers.loss import StreamedLoss, streams
 
 require("transformers")
@@ -87,8 +88,7 @@ def restore_head(model: Any) -> Any:
 
 def base_model(model: Any) -> PreTrainedModel:
     """The transformers model inside wrappers of torch.compile, of DistributedDataParallel and of PEFT."""
-    model = getattr(model, "_orig_mod", model)
-    model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    model = unwrapped(model)
     if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
         model = model.get_base_model()
     if not isinstance(model, PreTrainedModel):
