@@ -1,5 +1,7 @@
 """The one op and its vocabulary: streams, maps, folds, row losses."""
 
+from bigclass.core.compare import compare_rows, compare_sum
+from bigclass.core.divergences import Divergence, register_divergence
 from bigclass.core.folds import (
     Dot,
     Fold,
@@ -21,6 +23,7 @@ from bigclass.core.stream import Map, Scale, Softcap, Stream, register_map
 from bigclass.core.topk import TopK
 
 __all__ = [
+    "Divergence",
     "Dot",
     "Fold",
     "LogSumExp",
@@ -34,6 +37,8 @@ __all__ = [
     "Tile",
     "TopK",
     "Total",
+    "compare_rows",
+    "compare_sum",
     "entropy",
     "explain",
     "inverse_norms",
@@ -41,6 +46,7 @@ __all__ = [
     "log_sum_exp",
     "planning",
     "reduce_logits",
+    "register_divergence",
     "register_fold",
     "register_map",
     "register_row_loss",

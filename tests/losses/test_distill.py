@@ -275,6 +275,20 @@ def test_ignored_rows_that_hold_nan_contribute_exactly_nothing(road, compact, di
         assert max(errors(one, two)) < 1e-5
 
 
+@streamed
+def test_a_masked_row_whose_own_divergence_would_be_infinite_contributes_nothing(road, monkeypatch):
+    """Its features are zeros on a GPU, which gives a class mass that the rows that count do not give it."""
+    monkeypatch.setattr(tiles.Rows, "COMPACT", ())
+    x, w, bias = torch.ones(4, 1), torch.zeros(900, 1), torch.zeros(900)
+    w[7], bias[7] = -1000.0, -math.inf
+    mask = torch.tensor([True, False, True, True])
+    for reduction in ("sum", "none"):
+        leaf, mine = w.clone().requires_grad_(), x.clone().requires_grad_()
+        loss = on(road, KL, mine, leaf, x, w, teacher_bias=bias, divergence="reverse", mask=mask, reduction=reduction)
+        assert bool(loss.isfinite().all())
+        assert all(bool(g.isfinite().all()) for g in torch.autograd.grad(loss.sum(), (leaf, mine)))
+
+
 @every_road
 def test_no_row_that_counts_gives_a_mean_of_nan_and_no_gradient(road):
     """Pitfall 8; the mean is that of linear_cross_entropy."""
