@@ -9,8 +9,8 @@
 
 r is made of logits taken relative to their rows' maxima and of one logarithm of the ratio of the two sums, never of two log-softmaxes:
 where the two agree it is a small number with small errors, and exactly 0 for equal logits. The sums leave the largest term out, so that of
-two confident rows log(l_s / l_t) = log1p((rest_s - rest_t) / l_t) keeps its digits, and with it q - p of the class they agree on (fp32,
-losses near 1e-8: gradients are right to 4e-4, of two log-softmaxes to 6e-2). log(p/m) and log(q/m) are made of r alone,
+two confident rows log(l_s / l_t) = log1p((rest_s - rest_t) / l_t), for rest_s >= rest_t, keeps its digits, and with it q - p of the class
+they agree on (fp32, losses near 1e-8: gradients are right to 4e-4, of log-softmaxes to 6e-2). log(p/m) and log(q/m) are made of r alone,
 
     c = -log1p(v (e^-|r| - 1)),  v = 1-b where r >= 0, else b        log(p/m) = c + min(r, 0)        log(q/m) = c - max(r, 0)
 

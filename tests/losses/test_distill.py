@@ -179,13 +179,26 @@ def test_confident_layers_that_nearly_agree_keep_their_digits(road, divergence):
     """Losses of 1e-4 to 1e-20, where the logits' own rounding moves a gradient by 1e-4: a log-softmax has nothing left there."""
     options = {"divergence": divergence[0], "beta": divergence[1]}
     for seed in range(4):
-        x, w, b, u, v, vb = problem = layers("onehot", 64, 500, 40, 40, torch.float32, seed, agree=0.02)
+        x, w, b, u, v, vb = problem = layers("onehot", 64, 2900, 40, 40, torch.float32, seed, agree=0.02)
         wide = double(problem)
         # in float64 the tiled engine, for the dense form loses even that one's digits
         want = on(road, KL, wide[0], wide[1], wide[3], wide[4], linear_bias=wide[2], teacher_bias=wide[5], **options)
         got = on(road, KL, x, w, u, v, linear_bias=b, teacher_bias=vb, **options)
         assert error(got, want) < 2e-3
         assert max(errors(torch.autograd.grad(got, (x, w, b)), torch.autograd.grad(want, wide[:3]))) < 2e-3
+
+
+@streamed
+@every_divergence
+@pytest.mark.parametrize("kinds", [("flat", "onehot"), ("onehot", "flat")], ids="-".join)
+def test_one_that_is_certain_beside_one_that_is_not(road, divergence, kinds):
+    """Sums of e^(s - m) near 1 and near C."""
+    (x, w, *_), (u, v, *_) = (draw(kind, 16, 40000, 20, torch.float32, 0) for kind in kinds)
+    wide = double((x, w, u, v))
+    want = dense(wide[0] @ wide[1].t(), wide[2] @ wide[3].t(), divergence)
+    got = on(road, KL, x, w, u, v, divergence=divergence[0], beta=divergence[1], reduction="none")
+    assert error(got, want) < 1e-6
+    assert max(errors(torch.autograd.grad(got.sum(), (x, w)), torch.autograd.grad(want.sum(), wide[:2]))) < 3e-5
 
 
 @streamed

@@ -50,7 +50,8 @@ class _Pair:
         torch.sub(s, m_s.clamp_min(lowest), out=b)
         exp_(p.copy_(r)).div_(1.0 + rest_t)
         exp_(q.copy_(b)).div_(1.0 + rest_s)
-        r.sub_(b).add_(torch.log1p((rest_s - rest_t) / (1.0 + rest_t)))
+        more = rest_s - rest_t  # log(l_s / l_t) over the lesser of the two: over the greater, 1 + x would cancel
+        r.sub_(b).add_(torch.log1p(more.abs() / (1.0 + torch.minimum(rest_s, rest_t))).copysign(more))
         at = top.unsqueeze(1) - c.start
         inside = (at >= 0) & (at < c.size)
         return PairTile(p, q, r, b, torch.where(inside, at, 0), inside, lambda name: self.buffer(name, *s.shape))
@@ -73,7 +74,7 @@ class _Pair:
 
 def _nothing(stats: Tensor) -> Tensor:
     """0 (r,), or NaN for a row of which a logit is NaN or +inf, or every logit -inf: sums leave a NaN out, and must not hide it."""
-    return 0.0 * stats[:, :4].sum(1)
+    return (0.0 * stats[:, :4]).sum(1)
 
 
 class _Largest:
