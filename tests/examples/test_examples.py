@@ -139,7 +139,7 @@ def test_finetune_adapts_streamed_as_dense_whole_and_by_lora(tmp_path):
     for package in ("transformers", "accelerate", "tokenizers", "peft"):
         pytest.importorskip(package)
     command = [sys.executable, str(ROOT / "examples" / "finetune.py"), "--lora", "--vocab", "3000", "--text", "200000", "--width", "32"]
-    command += ["--first", "16", "--steps", "16", "--context", "32", "--rate", "0.05"]
+    command += ["--first", "16", "--steps", "16", "--context", "32"]
     streamed, dense = run_together(command, [*command, "--dense"], folder=tmp_path)
     told = []
     for printed in (streamed, dense):
