@@ -133,7 +133,7 @@ def loss_only(model: Any) -> Iterator[None]:
         ...     loss = model(input_ids=ids, labels=ids).loss  # no logits were written
     """
     head = output_head(model)
-    parts: list[Any] = [m for m in head.modules() if isinstance(m, LinearHead) or hasattr(m, "always_lazy")]
+    parts = [m for m in head.modules() if isinstance(m, LinearHead)]
     if getattr(base_model(model), _PLACE, None) is None:
         raise ArgumentError("model: its head is not converted; bigclass.convert_head(model) first")
     before = [m.always_lazy for m in parts]
