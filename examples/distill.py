@@ -1,9 +1,9 @@
 """Distillation of a small language model from a larger one of another width: neither's logits are ever made, about a minute on two cores.
 
     pip install -e '.[examples]'
-    python examples/distill.py [--divergence forward|reverse|jensen_shannon] [--temperature 1] [--stored 32] [--steps 60]
+    python examples/distill.py [--divergence forward|reverse|jensen_shannon] [--temperature 1] [--stored 32] [--steps 80]
 
-No network is needed: the text is the Python standard library's own sources, a part of them held out. A Llama of width 192 reads them
+No network is needed: the text is the Python standard library's own sources, a part of them held out. A Llama of width 160 reads them
 first; then two students of width 64 read less of them, from the same weights and the same batches,
 
 - one by their tokens alone, the usual loss,
@@ -95,11 +95,11 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--share", type=float, default=0.8, help="of the teacher in the loss; the rest is the tokens'")
     parser.add_argument("--stored", type=int, metavar="K", help="also learn from K stored tokens a position")
-    parser.add_argument("--vocab", type=int, default=16_000)
+    parser.add_argument("--vocab", type=int, default=8_000)
     parser.add_argument("--context", type=int, default=128)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--teacher-steps", type=int, default=100)
-    parser.add_argument("--steps", type=int, default=40, help="of each student")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--teacher-steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=80, help="of each student")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     try:
@@ -113,10 +113,12 @@ def main() -> None:
     held_out = 8
     count = max(options.teacher_steps, options.steps) + held_out
     ids = data.encode(texts, tokenizer, count * options.batch * options.context, options.seed)
-    batches = list(ids[: len(ids) // (options.batch * options.context) * options.batch * options.context].view(-1, options.batch, options.context))
+    if len(ids) < count * options.batch * options.context:
+        raise SystemExit(f"The text has {len(ids):,} tokens, too few for {count:,} batches; take fewer steps or a smaller batch")
+    batches = list(ids.view(count, options.batch, options.context))
     fresh, seen = batches[:held_out], batches[held_out:]
 
-    teacher = llama(options.vocab, options.context, 192, 4, options.seed)
+    teacher = llama(options.vocab, options.context, 160, 4, options.seed)
     seconds = fit(teacher, seen[: options.teacher_steps], 4e-3, by_tokens)
     teacher.requires_grad_(False).eval()
     report("teacher", teacher, perplexity(teacher, fresh), seconds)

@@ -44,8 +44,8 @@ def environment() -> dict[str, str]:
 
 def test_every_example_has_its_test():
     assert EXAMPLES == [
-        "clip.py", "extreme_labels.py", "finetune.py", "frozen_features.py", "margin_verification.py", "preference.py", "pretrain_fsdp2.py",
-        "timm_patches.py",
+        "clip.py", "distill.py", "extreme_labels.py", "finetune.py", "frozen_features.py", "margin_verification.py", "preference.py",
+        "pretrain_fsdp2.py", "timm_patches.py",
     ]  # fmt: skip
 
 
@@ -204,3 +204,28 @@ def test_a_missing_package_is_named_with_its_command(tmp_path):
     done = subprocess.run(command, env=environment() | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert done.stderr.strip() == "This example needs timm, not installed here: run pip install 'bigclass[examples]'"
+
+
+def test_distill_teaches_both_students(tmp_path):
+    for package in ("transformers", "tokenizers"):
+        pytest.importorskip(package)
+    options = (
+        "--vocab",
+        "2000",
+        "--context",
+        "64",
+        "--teacher-steps",
+        "60",
+        "--steps",
+        "30",
+        "--stored",
+        "16",
+        "--divergence",
+        "jensen_shannon",
+    )
+    printed = run("distill.py", *options, folder=tmp_path)
+    found = dict(re.findall(r"(teacher|student, [a-z_0-9 ]+?) +[\d.]+ M parameters +perplexity +([\d.]+)", printed))
+    assert list(found) == ["teacher", "student, tokens alone", "student, jensen_shannon divergence", "student, 16 stored tokens"]
+    # all far below chance, which is the vocabulary's 2000; the teacher, which read more, is the best
+    assert max(float(v) for v in found.values()) < 1000.0
+    assert float(found["teacher"]) == min(float(v) for v in found.values())
