@@ -123,3 +123,14 @@ def test_every_class_that_can_be_built(kind, capsys):
         print(f"\n{kind}: {len(right)} classes right, {len(wrong)} wrong, {len(cannot)} not built:", *sorted(cannot), sep="\n  ")
     assert not wrong, "\n".join(wrong)
     assert len(right) >= AT_LEAST[kind]
+
+
+def test_a_z_loss_of_the_configuration_streams_with_the_logits():
+    """Bamba's forward adds a multiple of the mean of LSE^2, padding included, as `logits.logsumexp` has it."""
+    if not hasattr(transformers, "BambaForCausalLM"):
+        pytest.skip("this version of transformers has no Bamba")
+    model = tiny("bamba", "BambaForCausalLM")
+    without = float(forward(model, batch(model)).loss.detach())
+    model.z_loss_coefficient = 1e-2
+    assert float(forward(model, batch(model)).loss.detach()) > without + 0.1
+    compare(model)
