@@ -293,6 +293,18 @@ def test_a_loss_function_of_the_users_own_is_left_alone():
     assert bigclass.restore_head(model).loss_function is own
 
 
+def test_a_loss_function_set_after_the_conversion_stays():
+    model = bigclass.convert_head(llama())
+
+    def own(logits, labels, vocab_size, **_):
+        return F.cross_entropy(logits.view(-1, vocab_size), labels.view(-1))
+
+    model.loss_function = own
+    assert bigclass.restore_head(model).loss_function is own
+    assert bigclass.convert_head(bigclass.convert_head(model)).loss_function is own
+    assert type(bigclass.restore_head(model).lm_head) is nn.Linear and model.loss_function is own
+
+
 # --- evaluation
 
 
@@ -327,9 +339,10 @@ def test_evaluation_has_real_logits_and_loss_only_lazy_ones():
 def test_head_options_are_what_the_model_does(cls, config, options, expected):
     sizes = dict(hidden_size=D, intermediate_size=2 * D, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
     model = bigclass.convert_head(cls(config(vocab_size=V, pad_token_id=0, **sizes, **options)).train(), engine="tiled")
+    model.model.layers[0].eval()  # a frozen part
     found = head_options(model)
     assert found == pytest.approx(expected)
-    assert model.training
+    assert model.training and not model.model.layers[0].training
     ids, labels = tokens()
     hidden = []
     model.lm_head.register_forward_pre_hook(lambda _, args: hidden.append(args[0]))

@@ -77,11 +77,14 @@ def restore_head(model: Any) -> Any:
     if done is None:
         return model
     _release(model.get_output_embeddings())
-    for name in done.losses:
+    for name, was_set in done.losses.items():
         module = model.get_submodule(name)
-        original = module.__dict__.pop("_loss_function").original
-        if done.losses[name]:
-            module.loss_function = original
+        loss = module.__dict__.get("_loss_function")
+        if not isinstance(loss, StreamedLoss):
+            continue  # set since then: it is the user's
+        del module._loss_function
+        if was_set:
+            module.loss_function = loss.original
     model.__dict__.pop("set_output_embeddings", None)
     return model
 
@@ -120,6 +123,18 @@ def output_head(model: Any) -> nn.Module:
             "bigclass streams plain ones: keep the head in floating point (modules_to_not_convert=['lm_head'])"
         )
     raise ArgumentError(f"model: expected an nn.Linear for the output embeddings of {name}, got {kind}")
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In eval mode; afterwards every module is in the mode it was in (a frozen part may have been in another than the rest)."""
+    before = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for m, training in before:
+            m.training = training
 
 
 @contextlib.contextmanager
@@ -168,12 +183,8 @@ def head_options(model: Any, **inputs: Any) -> dict[str, float]:
     inputs = inputs or {"input_ids": torch.zeros((1, 1), dtype=torch.long, device=bare.device)}
     if bare.config.is_encoder_decoder and len(inputs) == 1:
         inputs["decoder_input_ids"] = inputs["input_ids"]
-    training = bare.training
-    try:
-        with torch.no_grad(), loss_only(model):
-            logits = bare.eval()(**inputs).logits
-    finally:
-        bare.train(training)
+    with torch.no_grad(), loss_only(model), evaluating(bare):
+        logits = bare(**inputs).logits
     name = type(bare).__name__
     if not isinstance(logits, LazyLogits):
         raise ArgumentError(f"model: {name} returned {type(logits).__name__} for its logits, so they cannot be read")
