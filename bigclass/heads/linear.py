@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import MethodType
 from typing import Any, TypeGuard
 
 import torch
@@ -34,6 +35,23 @@ def _check_bare(head: nn.Module) -> None:
         raise ArgumentTypeError(
             "linear: its weight is parametrized, which ties it to its class; torch.nn.utils.parametrize.remove_parametrizations first"
         )
+
+
+def check_own_forward(head: nn.Module) -> None:
+    """Raise for a forward that was put on the module itself, which a change of its class leaves in place. (accelerate's calls the old one.)"""
+    if "forward" in head.__dict__ and not hasattr(head, "_old_forward"):
+        raise ArgumentTypeError(
+            f"head: {type(head).__module__}.{type(head).__qualname__} has a forward of its own (head.forward was assigned), which changing its "
+            "class would not change, so nothing would stream; convert the head before that"
+        )
+
+
+def change_class(head: nn.Module, cls: type) -> None:
+    """Make this module one of class cls. What accelerate's hooks call between them (device_map="auto", offloading) follows."""
+    head.__class__ = cls
+    old = head.__dict__.get("_old_forward")
+    if getattr(old, "__self__", None) is head:
+        head.__dict__["_old_forward"] = MethodType(cls.forward, head)  # type: ignore[attr-defined]
 
 
 def is_plain_linear(module: nn.Module | None) -> TypeGuard[nn.Linear]:
@@ -73,10 +91,11 @@ class LinearHead(nn.Linear):
         if not is_plain_linear(linear) and not isinstance(linear, LinearHead):
             raise ArgumentTypeError(f"linear: expected an nn.Linear, got {type(linear).__module__}.{type(linear).__qualname__}")
         _check_bare(linear)
+        check_own_forward(linear)
         made = cls.__new__(cls)
         nn.Module.__init__(made)
         made._set(options)  # raises before anything of `linear` is changed
-        linear.__class__ = cls
+        change_class(linear, cls)
         for other in LinearHead.__subclasses__():  # what it was before, too
             for name in (*other._OPTIONS, *other._OWN):
                 linear.__dict__.pop(name, None)
@@ -88,7 +107,7 @@ class LinearHead(nn.Linear):
         _check_bare(self)
         for name in (*self._OPTIONS, *self._OWN):
             self.__dict__.pop(name, None)
-        self.__class__ = nn.Linear  # type: ignore[assignment]
+        change_class(self, nn.Linear)
         return self
 
     def _set(self, options: dict[str, Any]) -> None:
