@@ -15,7 +15,7 @@ import contextlib
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -151,6 +151,10 @@ def loss_only(model: Any) -> Iterator[None]:
     parts = [m for m in head.modules() if isinstance(m, LinearHead)]
     if getattr(base_model(model), _PLACE, None) is None:
         raise ArgumentError("model: its head is not converted; bigclass.convert_head(model) first")
+    if not _streams(head):
+        raise ArgumentError(
+            "model: PEFT has wrapped its head since the conversion, and adds its adapters to real logits; bigclass.convert_head(model) again"
+        )
     before = [m.always_lazy for m in parts]
     try:
         for m in parts:
@@ -188,7 +192,7 @@ def head_options(model: Any, **inputs: Any) -> dict[str, float]:
     name = type(bare).__name__
     if not isinstance(logits, LazyLogits):
         raise ArgumentError(f"model: {name} returned {type(logits).__name__} for its logits, so they cannot be read")
-    s, own = logits.stream, cast(Any, output_head(model)).bias
+    s, own = logits.stream, getattr(output_head(model), "bias", None)
     if s.bias is not None and (s.bias if own is None else s.bias - own).count_nonzero():
         raise ArgumentError(f"model: {name} adds a class bias of its own to its logits, which is no option of a head; use its lazy logits")
     return _options_of(s.scale, s.maps, name)
@@ -235,6 +239,14 @@ def _adopt(head: Any, options: dict[str, Any]) -> None:
         peft.adopt(head, **options)
     else:
         LMHead.adopt(head, **options)
+
+
+def _streams(head: Any) -> bool:
+    if _of_peft(head):
+        from bigclass.integrations import peft
+
+        return peft.is_adopted(head)
+    return isinstance(head, LinearHead)
 
 
 def _release(head: Any) -> None:
