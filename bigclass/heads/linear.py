@@ -15,6 +15,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from bigclass.core.errors import ArgumentError, ArgumentTypeError
 from bigclass.core.guards import in_transform
@@ -30,19 +31,27 @@ from bigclass.losses.targets import SparseTarget
 
 
 def _check_bare(head: nn.Module) -> None:
-    """Raise for parametrized weights (weight_norm and the like), which belong to the class that would be changed."""
+    """Raise for parametrized weights (weight_norm and the like), which belong to the class that would be changed, and for quantised ones,
+    of which some libraries leave the class of the layer as it was."""
     if parametrize.is_parametrized(head):
         raise ArgumentTypeError(
             "linear: its weight is parametrized, which ties it to its class; torch.nn.utils.parametrize.remove_parametrizations first"
         )
+    w = head.weight
+    foreign = is_traceable_wrapper_subclass(w) and not type(w).__module__.startswith("torch.")
+    if foreign or not w.is_floating_point() or w.dtype.itemsize < 2:
+        raise ArgumentTypeError(
+            f"linear: expected a weight of floating-point numbers of 16 bits or more, got {type(w).__module__}.{type(w).__qualname__} of "
+            f"{w.dtype}; keep a quantised model's head as it was (modules_to_not_convert=['lm_head'])"
+        )
 
 
 def check_own_forward(head: nn.Module) -> None:
-    """Raise for a forward that was put on the module itself, which a change of its class leaves in place. (accelerate's calls the old one.)"""
+    """Raise for a forward that was put on the module itself, which a change of its class leaves there. (accelerate's calls the old one.)"""
     if "forward" in head.__dict__ and not hasattr(head, "_old_forward"):
         raise ArgumentTypeError(
-            f"head: {type(head).__module__}.{type(head).__qualname__} has a forward of its own (head.forward was assigned), which changing its "
-            "class would not change, so nothing would stream; convert the head before that"
+            f"head: {type(head).__module__}.{type(head).__qualname__} has a forward of its own (head.forward was assigned), which changing "
+            "its class would not change, so nothing would stream; convert the head before that"
         )
 
 
