@@ -133,3 +133,18 @@ def test_a_head_beside_adapters_is_resized_and_one_within_is_not(order):
     check_step(model, dense, lazy=True)
     with pytest.raises(TypeError, match="Old language model head is of type"):  # transformers' own
         wrapped("lora", False, order).resize_token_embeddings(C + 4)
+
+
+def test_adapters_of_transformers_own_and_mixed_ones_stream():
+    made = []
+    for convert in (bigclass.convert_head, lambda model, **_: model):
+        config = peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
+        inside, around = llama(False), llama(False)
+        torch.manual_seed(2)
+        inside.add_adapter(config)
+        torch.manual_seed(2)
+        around = peft.get_peft_model(around, config, mixed=True)
+        made.append([convert(model.double().train(), engine="tiled") for model in (inside, around)])
+    for model, dense in zip(*made, strict=True):
+        check_step(model, dense, lazy=True)
+        assert no_heads(bigclass.restore_head(model))

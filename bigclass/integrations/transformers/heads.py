@@ -92,8 +92,9 @@ def restore_head(model: Any) -> Any:
 def base_model(model: Any) -> PreTrainedModel:
     """The transformers model inside wrappers of torch.compile, of DistributedDataParallel and of PEFT."""
     model = unwrapped(model)
-    if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
-        model = model.get_base_model()
+    if not isinstance(model, PreTrainedModel):
+        # PEFT's model of mixed adapters has a tuner around it, and no method
+        model = model.get_base_model() if hasattr(model, "get_base_model") else getattr(getattr(model, "base_model", None), "model", model)
     if not isinstance(model, PreTrainedModel):
         raise ArgumentTypeError(f"model: expected a transformers model, got {type(model).__module__}.{type(model).__qualname__}")
     return model
@@ -153,7 +154,7 @@ def loss_only(model: Any) -> Iterator[None]:
         raise ArgumentError("model: its head is not converted; bigclass.convert_head(model) first")
     if not _streams(head):
         raise ArgumentError(
-            "model: PEFT has wrapped its head since the conversion, and adds its adapters to real logits; bigclass.convert_head(model) again"
+            "model: PEFT has wrapped its head since the conversion and adds its adapters to real logits; bigclass.convert_head(model) again"
         )
     before = [m.always_lazy for m in parts]
     try:
