@@ -51,7 +51,7 @@ def check_own_forward(head: nn.Module) -> None:
     if "forward" in head.__dict__ and not hasattr(head, "_old_forward"):
         raise ArgumentTypeError(
             f"head: {type(head).__module__}.{type(head).__qualname__} has a forward of its own (head.forward was assigned), which changing "
-            "its class would not change, so nothing would stream; convert the head before that"
+            "its class would not change, so nothing would stream; convert the head before that (with transformers' tp_plan there is no way)"
         )
 
 
@@ -80,6 +80,7 @@ class LinearHead(nn.Linear):
     engine: str = "auto"
     lazy: bool = True
     always_lazy: bool = False  # in evaluation and under no_grad, too: for a while, where only the loss is wanted
+    _is_replica: bool = False  # nn.DataParallel says so of its copies
     _OPTIONS = ("softcap", "logit_scale", "label_smoothing", "z_loss", "ignore_index", "engine", "lazy")
     _OWN: tuple[str, ...] = ()  # those of a subclass
 
@@ -138,7 +139,13 @@ class LinearHead(nn.Linear):
     @property
     def streams(self) -> bool:
         """Are the logits of a forward without targets lazy ones now?"""
-        return self.lazy and (self.always_lazy or (self.training and torch.is_grad_enabled())) and not in_transform()
+        made = self.lazy and (self.always_lazy or (self.training and torch.is_grad_enabled())) and not in_transform()
+        if made and self._is_replica:
+            raise ArgumentError(
+                "nn.DataParallel cannot gather lazy logits: use DistributedDataParallel (torchrun, accelerate launch), show the process one "
+                "GPU (CUDA_VISIBLE_DEVICES=0), or give the head its targets, head(features, target)"
+            )
+        return made
 
     def _output(self, features: Tensor) -> Tensor | LazyLogits:
         """What a forward without targets returns."""

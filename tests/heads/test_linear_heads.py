@@ -280,3 +280,17 @@ def test_a_forward_assigned_to_the_module_is_refused_and_accelerates_hooks_are_f
     assert isinstance(head.release()(x), torch.Tensor)
     head = hooks.remove_hook_from_module(bigclass.CCEHead.adopt(linear))
     assert isinstance(head(x), bigclass.LazyLogits)
+
+
+@every_head
+def test_a_replica_of_data_parallel_returns_no_lazy_logits(kind):
+    """Gathering them failed with a TypeError about missing arguments."""
+    head, (x, y) = kind(D, C), batch()
+    replica = head._replicate_for_data_parallel()
+    replica.weight = head.weight
+    replica.bias = head.bias
+    with pytest.raises(ValueError, match=r"nn\.DataParallel cannot gather lazy logits.*DistributedDataParallel"):
+        replica(x)
+    assert error(replica(x, y), head(x, y)) == 0.0
+    replica.training = False
+    assert isinstance(replica(x), torch.Tensor)
