@@ -142,8 +142,8 @@ class LinearHead(nn.Linear):
         made = self.lazy and (self.always_lazy or (self.training and torch.is_grad_enabled())) and not in_transform()
         if made and self._is_replica:
             raise ArgumentError(
-                "nn.DataParallel cannot gather lazy logits: use DistributedDataParallel (torchrun, accelerate launch), show the process one "
-                "GPU (CUDA_VISIBLE_DEVICES=0), or give the head its targets, head(features, target)"
+                "nn.DataParallel cannot gather lazy logits: use DistributedDataParallel (torchrun, accelerate launch), give it one "
+                "GPU a process (CUDA_VISIBLE_DEVICES=0), or give the head its targets, head(features, target)"
             )
         return made
 

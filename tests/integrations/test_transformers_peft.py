@@ -112,7 +112,8 @@ def test_every_order_trains_scores_and_undoes_or_says_why_not(name, tied, order)
         for use in (lambda: perplexity(model, [IDS]), lambda: head_options(model), lambda: loss_only(model).__enter__()):
             with pytest.raises(ValueError, match=r"PEFT has wrapped its head since the conversion.*convert_head\(model\) again"):
                 use()
-    model.train(), dense.train()
+    for each in (model, dense):
+        each.train()
     if name != "tied adapters":  # PEFT's cannot be copied
         for way in ("merge_and_unload", "unload"):
             out, plain = (getattr(copy.deepcopy(m), way)().train().requires_grad_(True) for m in (model, dense))
