@@ -30,7 +30,7 @@ from bigclass.losses.multi_token import linear_multi_token_cross_entropy
 from bigclass.losses.targets import SparseTarget
 
 
-def _check_bare(head: nn.Module) -> None:
+def _check_bare(head: nn.Linear) -> None:
     """Raise for parametrized weights (weight_norm and the like), which belong to the class that would be changed, and for quantised ones,
     of which some libraries leave the class of the layer as it was."""
     if parametrize.is_parametrized(head):

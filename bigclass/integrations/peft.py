@@ -103,7 +103,7 @@ def release(head: Any) -> Any:
     return head
 
 
-def is_adopted(head: nn.Module | None) -> bool:
+def is_adopted(head: Any) -> bool:
     """Does this head stream?"""
     if isinstance(head, ModulesToSaveWrapper):  # a head's copies are heads, so that it may have been converted before
         return all(isinstance(module, LinearHead) for module in (head.original_module, *head.modules_to_save.values()))

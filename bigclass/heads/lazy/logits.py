@@ -259,14 +259,13 @@ class LazyLogits(Axes):
 
     def __truediv__(self, other: Any) -> Any:
         other = plain_number(other)
-        scalar = isinstance(other, int | float) and not isinstance(other, bool) and other != 0
-        tensor = isinstance(other, Tensor) and other.numel() == 1 and other.is_floating_point()
-        # the reciprocal of a half-precision number is not rounded to its type
-        wide = torch.promote_types(other.dtype, self.stream.accumulate_dtype) if tensor else None
-        made = self._scaled(1.0 / (other.to(wide) if tensor else other)) if scalar or tensor else NotImplemented
-        if made is NotImplemented:
-            return dense_call(torch.div, (self, other), {})
-        return made.to(_promoted(self.dtype, other))
+        made = NotImplemented
+        if isinstance(other, Tensor) and other.numel() == 1 and other.is_floating_point():
+            # in a wide type: the reciprocal of a half-precision number is not rounded to its own
+            made = self._scaled(1.0 / other.to(torch.promote_types(other.dtype, self.stream.accumulate_dtype)))
+        elif isinstance(other, int | float) and not isinstance(other, bool) and other != 0:
+            made = self._scaled(1.0 / other)
+        return dense_call(torch.div, (self, other), {}) if made is NotImplemented else made.to(_promoted(self.dtype, other))
 
     def __add__(self, other: Any) -> Any:
         made = self._shifted(other)
