@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import MethodType
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from bigclass.core.errors import ArgumentError, ArgumentTypeError
 from bigclass.core.guards import in_transform
@@ -28,12 +30,37 @@ from bigclass.losses.multi_token import linear_multi_token_cross_entropy
 from bigclass.losses.targets import SparseTarget
 
 
-def _check_bare(head: nn.Module) -> None:
-    """Raise for parametrized weights (weight_norm and the like), which belong to the class that would be changed."""
+def _check_bare(head: nn.Linear) -> None:
+    """Raise for parametrized weights (weight_norm and the like), which belong to the class that would be changed, and for quantised ones,
+    of which some libraries leave the class of the layer as it was."""
     if parametrize.is_parametrized(head):
         raise ArgumentTypeError(
             "linear: its weight is parametrized, which ties it to its class; torch.nn.utils.parametrize.remove_parametrizations first"
         )
+    w = head.weight
+    foreign = is_traceable_wrapper_subclass(w) and not type(w).__module__.startswith("torch.")
+    if foreign or not w.is_floating_point() or w.dtype.itemsize < 2:
+        raise ArgumentTypeError(
+            f"linear: expected a weight of floating-point numbers of 16 bits or more, got {type(w).__module__}.{type(w).__qualname__} of "
+            f"{w.dtype}; keep a quantised model's head as it was (modules_to_not_convert=['lm_head'])"
+        )
+
+
+def check_own_forward(head: nn.Module) -> None:
+    """Raise for a forward that was put on the module itself, which a change of its class leaves there. (accelerate's calls the old one.)"""
+    if "forward" in head.__dict__ and not hasattr(head, "_old_forward"):
+        raise ArgumentTypeError(
+            f"head: {type(head).__module__}.{type(head).__qualname__} has a forward of its own (head.forward was assigned), which changing "
+            "its class would not change, so nothing would stream; convert the head before that (with transformers' tp_plan there is no way)"
+        )
+
+
+def change_class(head: nn.Module, cls: type) -> None:
+    """Make this module one of class cls. What accelerate's hooks call between them (device_map="auto", offloading) follows."""
+    head.__class__ = cls
+    old = head.__dict__.get("_old_forward")
+    if getattr(old, "__self__", None) is head:
+        head.__dict__["_old_forward"] = MethodType(cls.forward, head)  # type: ignore[attr-defined]
 
 
 def is_plain_linear(module: nn.Module | None) -> TypeGuard[nn.Linear]:
@@ -53,6 +80,7 @@ class LinearHead(nn.Linear):
     engine: str = "auto"
     lazy: bool = True
     always_lazy: bool = False  # in evaluation and under no_grad, too: for a while, where only the loss is wanted
+    _is_replica: bool = False  # nn.DataParallel says so of its copies
     _OPTIONS = ("softcap", "logit_scale", "label_smoothing", "z_loss", "ignore_index", "engine", "lazy")
     _OWN: tuple[str, ...] = ()  # those of a subclass
 
@@ -73,10 +101,11 @@ class LinearHead(nn.Linear):
         if not is_plain_linear(linear) and not isinstance(linear, LinearHead):
             raise ArgumentTypeError(f"linear: expected an nn.Linear, got {type(linear).__module__}.{type(linear).__qualname__}")
         _check_bare(linear)
+        check_own_forward(linear)
         made = cls.__new__(cls)
         nn.Module.__init__(made)
         made._set(options)  # raises before anything of `linear` is changed
-        linear.__class__ = cls
+        change_class(linear, cls)
         for other in LinearHead.__subclasses__():  # what it was before, too
             for name in (*other._OPTIONS, *other._OWN):
                 linear.__dict__.pop(name, None)
@@ -88,7 +117,7 @@ class LinearHead(nn.Linear):
         _check_bare(self)
         for name in (*self._OPTIONS, *self._OWN):
             self.__dict__.pop(name, None)
-        self.__class__ = nn.Linear  # type: ignore[assignment]
+        change_class(self, nn.Linear)
         return self
 
     def _set(self, options: dict[str, Any]) -> None:
@@ -110,7 +139,13 @@ class LinearHead(nn.Linear):
     @property
     def streams(self) -> bool:
         """Are the logits of a forward without targets lazy ones now?"""
-        return self.lazy and (self.always_lazy or (self.training and torch.is_grad_enabled())) and not in_transform()
+        made = self.lazy and (self.always_lazy or (self.training and torch.is_grad_enabled())) and not in_transform()
+        if made and self._is_replica:
+            raise ArgumentError(
+                "nn.DataParallel cannot gather lazy logits: use DistributedDataParallel (torchrun, accelerate launch), give it one "
+                "GPU a process (CUDA_VISIBLE_DEVICES=0), or give the head its targets, head(features, target)"
+            )
+        return made
 
     def _output(self, features: Tensor) -> Tensor | LazyLogits:
         """What a forward without targets returns."""

@@ -65,7 +65,8 @@ def _adapter(model: Any) -> Any:
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"model: expected a module, got {type(model).__name__}")
     bare = unwrapped(model)
-    if _is_a(bare, "transformers", "PreTrainedModel") or _is_a(bare, "peft", "PeftModel"):
+    peft = _is_a(bare, "peft", "PeftModel") or _is_a(bare, "peft", "PeftMixedModel")
+    if peft or _is_a(bare, "transformers", "PreTrainedModel"):
         from bigclass.integrations import transformers
 
         return transformers

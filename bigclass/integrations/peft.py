@@ -30,7 +30,7 @@ from bigclass.core.errors import ArgumentError, ArgumentTypeError
 from bigclass.core.norms import adapted_norms
 from bigclass.extras import require
 from bigclass.heads.lazy import LazyLogits, lazy_logits
-from bigclass.heads.linear import CCEHead, LinearHead, LMHead, is_plain_linear
+from bigclass.heads.linear import CCEHead, LinearHead, LMHead, change_class, check_own_forward, is_plain_linear
 from bigclass.losses.lora import adapter_features
 
 require("peft")
@@ -64,10 +64,11 @@ def adopt(head: Any, **options: Any) -> Any:
         >>> model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["lm_head"]))
         >>> bigclass.integrations.peft.adopt(model.base_model.model.lm_head)
     """
+    check_own_forward(head)
     if type(head) in (LoraLinear, LoraHead):
         _check_layer(head)
         _convert(head.base_layer, options)
-        head.__class__ = LoraHead
+        change_class(head, LoraHead)
         return head
     if type(head) in (ModulesToSaveWrapper, SavedHead):
         inside = [head.original_module, *head.modules_to_save.values()]
@@ -75,7 +76,7 @@ def adopt(head: Any, **options: Any) -> Any:
             _check_linear(module, head)
         for module in inside:
             _convert(module, options)
-        head.__class__ = SavedHead
+        change_class(head, SavedHead)
         return head
     if type(head) in (TrainableTokensWrapper, TokensHead):
         base = head.token_adapter.base_layer
@@ -83,7 +84,7 @@ def adopt(head: Any, **options: Any) -> Any:
         if base.bias is not None:
             raise ArgumentError(f"head: {_named(head)} leaves the head's bias out of the logits. {_EXCLUDE}")
         _convert(base, options)
-        head.__class__ = TokensHead
+        change_class(head, TokensHead)
         return head
     if isinstance(head, BaseTunerLayer | AuxiliaryTrainingWrapper):
         _refuse_adapter(head)
@@ -93,24 +94,20 @@ def adopt(head: Any, **options: Any) -> Any:
 
 def release(head: Any) -> Any:
     """Undo `adopt`, in place, and return the head: what PEFT wrapped around it stays."""
-    if isinstance(head, LoraHead):
-        _release(head.base_layer)
-        head.__class__ = LoraLinear
-    elif isinstance(head, SavedHead):
-        for module in (head.original_module, *head.modules_to_save.values()):
-            _release(module)
-        head.__class__ = ModulesToSaveWrapper
-    elif isinstance(head, TokensHead):
-        _release(head.token_adapter.base_layer)
-        head.__class__ = TrainableTokensWrapper
-    else:
-        _release(head)
+    for module in list(head.modules()):  # one that was a head before PEFT wrapped it is one without `adopt`, too
+        if isinstance(module, LinearHead):
+            module.release()
+    for cls, before in ((LoraHead, LoraLinear), (SavedHead, ModulesToSaveWrapper), (TokensHead, TrainableTokensWrapper)):
+        if type(head) is cls:
+            change_class(head, before)
     return head
 
 
-def is_adopted(head: nn.Module | None) -> bool:
+def is_adopted(head: Any) -> bool:
     """Does this head stream?"""
-    return isinstance(head, _Streamed | SavedHead | LinearHead)
+    if isinstance(head, ModulesToSaveWrapper):  # a head's copies are heads, so that it may have been converted before
+        return all(isinstance(module, LinearHead) for module in (head.original_module, *head.modules_to_save.values()))
+    return isinstance(head, _Streamed | LinearHead)
 
 
 class _Streamed(nn.Module):
@@ -240,11 +237,6 @@ def _convert(linear: Any, options: dict[str, Any]) -> Any:
     if isinstance(linear, LMHead | CCEHead):
         return type(linear).adopt(linear, **{**_options(linear), **options})
     return LMHead.adopt(linear, **options)
-
-
-def _release(module: Any) -> None:
-    if isinstance(module, LinearHead):
-        module.release()
 
 
 def _named(module: Any) -> str:

@@ -261,3 +261,36 @@ def test_log_probabilities_and_multi_token_losses_are_forwards_so_hooks_and_wrap
         head.sequence_log_prob(x, [1])
     with pytest.raises(TypeError, match="index: expected int64 or int32"):
         head.log_prob(x, y.float())
+
+
+def test_a_forward_assigned_to_the_module_is_refused_and_accelerates_hooks_are_followed():
+    """Either would silently go on returning real logits."""
+    linear = nn.Linear(4, 9)
+    linear.forward = linear.forward  # type: ignore[method-assign]
+    with pytest.raises(TypeError, match=r"Linear has a forward of its own.*nothing would stream"):
+        bigclass.CCEHead.adopt(linear)
+    assert type(linear) is nn.Linear
+    hooks = pytest.importorskip("accelerate", reason="accelerate is not installed").hooks
+    linear = nn.Linear(4, 9)
+    hooks.add_hook_to_module(linear, hooks.AlignDevicesHook("cpu", io_same_device=True))
+    head, x = bigclass.CCEHead.adopt(linear), torch.randn(3, 4)
+    for each in (head, copy.deepcopy(head)):
+        assert isinstance(each(x), bigclass.LazyLogits) and isinstance(each.eval()(x), torch.Tensor)
+        each.train()
+    assert isinstance(head.release()(x), torch.Tensor)
+    head = hooks.remove_hook_from_module(bigclass.CCEHead.adopt(linear))
+    assert isinstance(head(x), bigclass.LazyLogits)
+
+
+@every_head
+def test_a_replica_of_data_parallel_returns_no_lazy_logits(kind):
+    """Gathering them failed with a TypeError about missing arguments."""
+    head, (x, y) = kind(D, C), batch()
+    replica = head._replicate_for_data_parallel()
+    replica.weight = head.weight
+    replica.bias = head.bias
+    with pytest.raises(ValueError, match=r"nn\.DataParallel cannot gather lazy logits.*DistributedDataParallel"):
+        replica(x)
+    assert error(replica(x, y), head(x, y)) == 0.0
+    replica.training = False
+    assert isinstance(replica(x), torch.Tensor)

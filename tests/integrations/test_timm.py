@@ -136,7 +136,7 @@ def test_a_model_without_classifier_or_of_another_library_is_refused():
     model = timm.create_model("test_vit", num_classes=0)
     with pytest.raises(ValueError, match=r"num_classes=0.*reset_classifier"):
         bigclass.convert_head(model)
-    with pytest.raises(TypeError, match=r"no timm model.*CCEHead\.adopt"):
+    with pytest.raises(TypeError, match=r"nor a timm model.*CCEHead\.adopt"):
         bigclass.convert_head(nn.Linear(3, 4))
     with pytest.raises(TypeError, match="expected a module, got str"):
         bigclass.convert_head("test_vit")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -115,6 +116,14 @@ def test_the_loss_function_streams_what_the_trainer_passes(seed, kind, counted, 
     whole = torch.stack([g.norm() for g in expected]).norm()
     for p, g in zip(model.parameters(), expected, strict=True):
         assert float((p.grad - g).norm()) < 1e-9 * max(float(g.norm()), 1e-3 * float(whole))
+
+
+def test_the_masked_loss_takes_no_moved_labels():
+    """As transformers' own, which leaves shift_labels among the rest of its arguments."""
+    model, (ids, labels) = bigclass.convert_head(modernbert()), tokens()
+    logits = model(input_ids=ids).logits
+    loss = model.loss_function(logits, labels, V, shift_labels=ids.roll(1, 1))
+    assert error(loss, model.loss_function(logits.materialize(), labels, V, shift_labels=ids.roll(1, 1))) < 1e-6
 
 
 def test_a_loss_of_real_logits_is_the_original_one():
@@ -293,6 +302,18 @@ def test_a_loss_function_of_the_users_own_is_left_alone():
     assert bigclass.restore_head(model).loss_function is own
 
 
+def test_a_loss_function_set_after_the_conversion_stays():
+    model = bigclass.convert_head(llama())
+
+    def own(logits, labels, vocab_size, **_):
+        return F.cross_entropy(logits.view(-1, vocab_size), labels.view(-1))
+
+    model.loss_function = own
+    assert bigclass.restore_head(model).loss_function is own
+    assert bigclass.convert_head(bigclass.convert_head(model)).loss_function is own
+    assert type(bigclass.restore_head(model).lm_head) is nn.Linear and model.loss_function is own
+
+
 # --- evaluation
 
 
@@ -327,9 +348,10 @@ def test_evaluation_has_real_logits_and_loss_only_lazy_ones():
 def test_head_options_are_what_the_model_does(cls, config, options, expected):
     sizes = dict(hidden_size=D, intermediate_size=2 * D, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
     model = bigclass.convert_head(cls(config(vocab_size=V, pad_token_id=0, **sizes, **options)).train(), engine="tiled")
+    model.model.layers[0].eval()  # a frozen part
     found = head_options(model)
     assert found == pytest.approx(expected)
-    assert model.training
+    assert model.training and not model.model.layers[0].training
     ids, labels = tokens()
     hidden = []
     model.lm_head.register_forward_pre_hook(lambda _, args: hidden.append(args[0]))
@@ -368,6 +390,20 @@ def test_what_cannot_be_converted_is_refused_with_the_reason():
     model.lm_head = Linear8(D, V)
     with pytest.raises(ValueError, match=r"Linear8, a linear layer that computes something else \(quantised\?\)"):
         bigclass.convert_head(model)
+    for codes in (torch.int8, torch.float8_e4m3fn):  # a library that leaves the layer's class as it was
+        model.lm_head = nn.Linear(D, V)
+        model.lm_head.weight = nn.Parameter(torch.zeros(V, D).to(codes), requires_grad=False)
+        with pytest.raises(TypeError, match=r"weight of floating-point numbers of 16 bits or more, got .*modules_to_not_convert"):
+            bigclass.convert_head(model)
+    model.lm_head = nn.Linear(D, V)
+    model.lm_head.weight = nn.Parameter(TwoTensor(torch.zeros(V, D), torch.zeros(V, D)), requires_grad=False)
+    TwoTensor.__module__, before = "quantisers", TwoTensor.__module__
+    try:
+        with pytest.raises(TypeError, match=r"16 bits or more, got quantisers\.TwoTensor of torch\.float32"):
+            bigclass.convert_head(model)
+    finally:
+        TwoTensor.__module__ = before
+    assert type(model.lm_head) is nn.Linear
     model.lm_head = nn.utils.parametrizations.weight_norm(nn.Linear(D, V))
     with pytest.raises((TypeError, ValueError), match=r"parametrized|something else"):
         bigclass.convert_head(model)

@@ -259,10 +259,13 @@ class LazyLogits(Axes):
 
     def __truediv__(self, other: Any) -> Any:
         other = plain_number(other)
-        scalar = isinstance(other, int | float) and not isinstance(other, bool) and other != 0
-        tensor = isinstance(other, Tensor) and other.numel() == 1 and other.is_floating_point()
-        made = self._scaled(1.0 / other) if scalar or tensor else NotImplemented
-        return dense_call(torch.div, (self, other), {}) if made is NotImplemented else made
+        made = NotImplemented
+        if isinstance(other, Tensor) and other.numel() == 1 and other.is_floating_point():
+            # in a wide type: the reciprocal of a half-precision number is not rounded to its own
+            made = self._scaled(1.0 / other.to(torch.promote_types(other.dtype, self.stream.accumulate_dtype)))
+        elif isinstance(other, int | float) and not isinstance(other, bool) and other != 0:
+            made = self._scaled(1.0 / other)
+        return dense_call(torch.div, (self, other), {}) if made is NotImplemented else made.to(_promoted(self.dtype, other))
 
     def __add__(self, other: Any) -> Any:
         made = self._shifted(other)

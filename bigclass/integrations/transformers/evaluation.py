@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bigclass.core.errors import ArgumentError, ArgumentTypeError
-from bigclass.integrations.transformers.heads import base_model, loss_only
+from bigclass.integrations.transformers.heads import base_model, evaluating, loss_only
 from bigclass.integrations.transformers.loss import StreamedLoss, lm_loss, shift_of
 
 IGNORED = -100
@@ -71,7 +70,7 @@ def perplexity(model: Any, batches: Iterable[Mapping[str, Any] | Tensor], *, shi
 
 def _token_losses(model: Any, input_ids: Tensor, labels: Tensor | None, shift: int | None, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """The losses (B, T), and the mask of the labels (...) that are predicted."""
-    with torch.no_grad(), loss_only(model), _evaluating(model):
+    with torch.no_grad(), loss_only(model), evaluating(model):
         bare = base_model(model)
         shift = _shift_of(bare) if shift is None else shift
         encodes = bare.config.is_encoder_decoder
@@ -99,15 +98,3 @@ def _shift_of(model: Any) -> int:
     raise ArgumentError(
         f"shift: expected 0 or 1, since {type(model).__name__} computes its loss by itself and does not tell how it moves labels; got None"
     )
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """In eval mode; afterwards every module is in the mode it was in (a frozen part may have been in another than the rest)."""
-    before = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for m, training in before:
-            m.training = training

@@ -15,7 +15,7 @@ import contextlib
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -77,11 +77,14 @@ def restore_head(model: Any) -> Any:
     if done is None:
         return model
     _release(model.get_output_embeddings())
-    for name in done.losses:
+    for name, was_set in done.losses.items():
         module = model.get_submodule(name)
-        original = module.__dict__.pop("_loss_function").original
-        if done.losses[name]:
-            module.loss_function = original
+        loss = module.__dict__.get("_loss_function")
+        if not isinstance(loss, StreamedLoss):
+            continue  # set since then: it is the user's
+        del module._loss_function
+        if was_set:
+            module.loss_function = loss.original
     model.__dict__.pop("set_output_embeddings", None)
     return model
 
@@ -89,8 +92,9 @@ def restore_head(model: Any) -> Any:
 def base_model(model: Any) -> PreTrainedModel:
     """The transformers model inside wrappers of torch.compile, of DistributedDataParallel and of PEFT."""
     model = unwrapped(model)
-    if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
-        model = model.get_base_model()
+    if not isinstance(model, PreTrainedModel):
+        # PEFT's model of mixed adapters has a tuner around it, and no method
+        model = model.get_base_model() if hasattr(model, "get_base_model") else getattr(getattr(model, "base_model", None), "model", model)
     if not isinstance(model, PreTrainedModel):
         raise ArgumentTypeError(f"model: expected a transformers model, got {type(model).__module__}.{type(model).__qualname__}")
     return model
@@ -123,6 +127,18 @@ def output_head(model: Any) -> nn.Module:
 
 
 @contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In eval mode; afterwards every module is in the mode it was in (a frozen part may have been in another than the rest)."""
+    before = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for m, training in before:
+            m.training = training
+
+
+@contextlib.contextmanager
 def loss_only(model: Any) -> Iterator[None]:
     """Within this context evaluation, too, streams: a converted model returns lazy logits in eval mode and under no_grad.
 
@@ -136,6 +152,10 @@ def loss_only(model: Any) -> Iterator[None]:
     parts = [m for m in head.modules() if isinstance(m, LinearHead)]
     if getattr(base_model(model), _PLACE, None) is None:
         raise ArgumentError("model: its head is not converted; bigclass.convert_head(model) first")
+    if not _streams(head):
+        raise ArgumentError(
+            "model: PEFT has wrapped its head since the conversion and adds its adapters to real logits; bigclass.convert_head(model) again"
+        )
     before = [m.always_lazy for m in parts]
     try:
         for m in parts:
@@ -168,16 +188,12 @@ def head_options(model: Any, **inputs: Any) -> dict[str, float]:
     inputs = inputs or {"input_ids": torch.zeros((1, 1), dtype=torch.long, device=bare.device)}
     if bare.config.is_encoder_decoder and len(inputs) == 1:
         inputs["decoder_input_ids"] = inputs["input_ids"]
-    training = bare.training
-    try:
-        with torch.no_grad(), loss_only(model):
-            logits = bare.eval()(**inputs).logits
-    finally:
-        bare.train(training)
+    with torch.no_grad(), loss_only(model), evaluating(bare):
+        logits = bare(**inputs).logits
     name = type(bare).__name__
     if not isinstance(logits, LazyLogits):
         raise ArgumentError(f"model: {name} returned {type(logits).__name__} for its logits, so they cannot be read")
-    s, own = logits.stream, cast(Any, output_head(model)).bias
+    s, own = logits.stream, getattr(output_head(model), "bias", None)
     if s.bias is not None and (s.bias if own is None else s.bias - own).count_nonzero():
         raise ArgumentError(f"model: {name} adds a class bias of its own to its logits, which is no option of a head; use its lazy logits")
     return _options_of(s.scale, s.maps, name)
@@ -224,6 +240,14 @@ def _adopt(head: Any, options: dict[str, Any]) -> None:
         peft.adopt(head, **options)
     else:
         LMHead.adopt(head, **options)
+
+
+def _streams(head: Any) -> bool:
+    if _of_peft(head):
+        from bigclass.integrations import peft
+
+        return peft.is_adopted(head)
+    return isinstance(head, LinearHead)
 
 
 def _release(head: Any) -> None:

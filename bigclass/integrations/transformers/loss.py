@@ -68,7 +68,8 @@ class StreamedLoss:
     ) -> Tensor:  # fmt: skip
         if not isinstance(logits, LazyLogits):
             return self.original(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels=shift_labels, **kwargs)
-        target, shift = (labels, self.shift) if shift_labels is None else (shift_labels, 0)
+        # the masked loss moves no labels, and takes no others
+        target, shift = (labels, self.shift) if shift_labels is None or not self.shift else (shift_labels, 0)
         loss = lm_loss(
             logits, target, shift=shift, reduction="mean" if num_items_in_batch is None else "sum", ignore_index=ignore_index,
             label_smoothing=self.label_smoothing, z_loss=self.z_loss,
