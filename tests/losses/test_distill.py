@@ -498,6 +498,21 @@ def test_all_classes_stored_are_the_whole_divergence(road, rest):
     assert max(errors(torch.autograd.grad(got, (x, w)), torch.autograd.grad(want, (x, w)))) < 1e-11
 
 
+@every_road
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("rest", ["tail", "renormalize"])
+def test_a_teacher_s_nan_and_nothing_to_renormalise_are_nan_and_not_0(road, rest, reduction):
+    x, w = torch.randn(5, 4, requires_grad=True), torch.randn(300, 4, requires_grad=True)
+    index, log_p = torch.arange(10).view(5, 2), torch.full((5, 2), -1.5)
+    log_p[1, 0], log_p[2] = torch.nan, -math.inf  # a NaN; classes without any mass
+    index[3] = -1
+    wrong = torch.tensor([False, True, rest == "renormalize", rest == "renormalize", False])
+    got = on(road, TOPK, x, w, index, log_p, rest=rest, reduction=reduction)
+    assert torch.equal(got.isnan(), wrong if reduction == "none" else wrong.any())
+    kept = on(road, TOPK, x, w, index, log_p, rest=rest, reduction=reduction, mask=~wrong)
+    assert not kept.isnan().any() and all(torch.isfinite(z).all() for z in torch.autograd.grad(kept.sum(), (x, w)))
+
+
 @streamed
 def test_the_student_s_tail_does_not_cancel(road):
     """1 - Q of 1e-9, which fp32 cannot hold beside 1."""
@@ -572,6 +587,7 @@ OF_STORED = {
     "log-probabilities int": (TYPE, "teacher_log_prob: expected a floating-point", {"teacher_log_prob": LOG_P.long()}),
     "log-probabilities shape": (VALUE, "teacher_log_prob: expected the shape of teacher_index", {"teacher_log_prob": LOG_P[:, :1]}),
     "log-probabilities elsewhere": (VALUE, "teacher_log_prob: expected device cpu", {"teacher_log_prob": LOG_P.to(META)}),
+    "logits": (VALUE, "teacher_log_prob: expected log-probabilities, .* got 14", {"teacher_log_prob": LOG_P + 3.0}),
     "rest": (VALUE, "rest: expected one of .* got 'drop'", {"rest": "drop"}),
     "class too large": (
         (IndexError,),
