@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -101,8 +103,8 @@ def linear_log_prob(
         >>> logp, entropy = bigclass.linear_log_prob(hidden, w, actions, return_entropy=True)
     """
     check_linear(input, linear_weight, linear_bias)
-    if not temperature > 0:
-        raise ArgumentError(f"temperature: expected a value greater than 0, got {temperature}")
+    if isinstance(temperature, Tensor) or not 0.0 < temperature < math.inf:  # of a tensor its gradient would be lost
+        raise ArgumentError(f"temperature: expected a finite number greater than 0 (one to learn is a logit_scale), got {temperature!r}")
     lead, classes = input.shape[:-1], linear_weight.shape[0]
     check_index("index", index, input.device, ignore_index)
     _check_rows(index, lead)
