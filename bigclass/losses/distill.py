@@ -347,8 +347,8 @@ def _stored(index: Tensor, log_prob: Tensor, rest: str, keep: Tensor | None, str
     else:
         if not torch.compiler.is_compiling() and lse.device.type == "cpu" and bool((lse > 0.1).any()):
             raise ArgumentError(
-                f"teacher_log_prob: expected log-probabilities, whose exponentials sum to at most 1 in each row, got {float(lse.exp().max())}; "
-                "of logits take log_softmax over all classes first, or rest='renormalize'"
+                f"teacher_log_prob: expected log-probabilities, whose exponentials sum to at most 1 a row, got {float(lse.exp().max())}"
+                "; of logits take log_softmax over all classes first, or rest='renormalize'"
             )
         # 1 - P in the form that keeps its digits; rounding may have left P above 1
         tail = -torch.expm1(lse.clamp_max(0.0))

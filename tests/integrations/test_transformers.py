@@ -213,7 +213,7 @@ def test_bad_arguments_of_lm_kl_div():
         lm_kl_div(taught, taught)
     with pytest.raises(TypeError, match="teacher_logits: expected lazy logits or a tensor"):
         lm_kl_div(logits, taught.tolist())
-    with pytest.raises(TypeError, match="teacher_logits: expected a floating-point tensor, got torch.int64"):
+    with pytest.raises(TypeError, match=r"teacher_logits: expected a floating-point tensor, got torch\.int64"):
         lm_kl_div(logits, taught.long())
     with pytest.raises(ValueError, match=r"teacher_logits: expected the student's shape \(2, 7, 97\), got \(2, 7, 90\).*padded"):
         lm_kl_div(logits, taught[..., :90])
