@@ -454,7 +454,7 @@ def explain(
         one_vs_all: is it `linear_binary_cross_entropy` or another sum of elementwise terms (folds may name them)?
         subcenters: of a `linear_margin_loss` (1: a weight of C rows, K: of C K); None: it is none. Its norms of weights, one fp32 a row,
             and normalised features are not counted.
-        teacher_features: E, of a `linear_kl_div` (0: stored logits of a teacher); None: it is none. dtype is of both, softcap the student's.
+        teacher_features: E, of a `linear_kl_div` (0: stored logits of a teacher); None: it is none. dtype is of both, softcap of one.
         folds, maps: of `core.reduce_logits`, in place of cross-entropy's (their tensors may be left out). They alone describe no loss:
             for one of elementwise terms say one_vs_all, for a margin loss subcenters.
 
