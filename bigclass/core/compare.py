@@ -71,7 +71,7 @@ def compare_sum(
 
 def _checked(student: Stream, teacher: Stream, keep: Tensor | None, engine: str, *, scalar: bool) -> tuple[Stream, Stream, str]:
     """The streams, the teacher's without gradients, and the engine's name."""
-    teacher = teacher.with_tensors([t.detach() for t in teacher.tensors])
+    teacher = teacher.with_tensors([_constant(t) for t in teacher.tensors])
     check(student, None, (), keep)
     check(teacher, None, (), None)
     if student.shape != teacher.shape:
@@ -82,6 +82,13 @@ def _checked(student: Stream, teacher: Stream, keep: Tensor | None, engine: str,
     if name != "dense":
         refuse_transforms([*student.tensors, *teacher.tensors])
     return student, teacher, name
+
+
+def _constant(t: Tensor) -> Tensor:
+    """t without a gradient; of a tensor made in inference mode, which autograd refuses to save, a plain one of the same memory."""
+    if torch.compiler.is_compiling() or not t.is_inference() or torch.is_inference_mode_enabled():
+        return t.detach()
+    return torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage(), t.storage_offset(), t.shape, t.stride())
 
 
 def _dense(student: Stream, teacher: Stream, divergence: Divergence, keep: Tensor | None) -> Tensor:

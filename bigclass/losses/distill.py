@@ -315,7 +315,8 @@ def _kept(mask: Tensor | None, lead: Sequence[int], device: torch.device) -> Ten
         raise ArgumentError(f"mask: expected shape {tuple(lead)}, got {tuple(mask.shape)}")
     if not torch.compiler.is_compiling() and mask.device.type == "cpu" and bool(mask.all()):
         return None
-    return mask.reshape(-1)
+    made_for_inference = not torch.compiler.is_compiling() and mask.is_inference()  # autograd would refuse to save it
+    return mask.reshape(-1).clone() if made_for_inference else mask.reshape(-1)
 
 
 def _check_stored(index: Tensor, log_prob: Tensor, input: Tensor) -> None:

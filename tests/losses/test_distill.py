@@ -441,6 +441,33 @@ def test_streams_of_several_pairs_and_maps_are_compared_too():
         assert max(errors(torch.autograd.grad(loss, (*tensors, a)), right)) < 1e-11
 
 
+@every_road
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_teacher_may_have_run_in_inference_mode(road, stored, reduction):
+    x, w, _, u, v, _ = layers("flat", 40, 600, 5, 4, torch.float32, 0)
+    with torch.inference_mode():
+        fast = (u @ v.t())[::2] if stored else u.clone()[::2], None if stored else v.clone(), torch.arange(20) % 3 > 0
+    plain = tuple([None if t is None else t.clone() for t in fast])
+    losses = [on(road, KL, x[::2], w, *of, mask=mask, reduction=reduction).sum() for *of, mask in (fast, plain)]
+    assert torch.equal(*losses)
+    for a, b in zip(*(torch.autograd.grad(loss, (x, w)) for loss in losses), strict=True):
+        assert torch.equal(a, b) and float(a.norm()) > 0
+
+
+@streamed
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_learnt_scale_beside_biases_of_minus_infinity_gets_a_gradient(road, kept):
+    """An empty batch has the gradient 0, and classes that are masked out have no part in that of any."""
+    x, w, b, u, v, _ = layers("flat", 40, 600, 5, 4, torch.float64, 0)
+    b = b.detach().masked_fill(torch.arange(600) % 3 > 0, -math.inf)
+    s, mask = torch.tensor(1.3, dtype=torch.float64, requires_grad=True), torch.full((40,), kept)
+    got = on(road, KL, x, w, u, v, linear_bias=b, teacher_bias=b, logit_scale=s, mask=mask, reduction="sum")
+    want = on(road, KL, x, w[::3], u, v[::3], linear_bias=b[::3], teacher_bias=b[::3], logit_scale=s, mask=mask, reduction="sum")
+    (slope,), (exact,) = torch.autograd.grad(got, s), torch.autograd.grad(want, s)
+    assert torch.allclose(slope, exact, rtol=1e-10, atol=0) and bool(slope != 0) == kept
+
+
 # --- a teacher's stored best classes ------------------------------------------------------------------------------------------------
 
 
