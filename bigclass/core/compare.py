@@ -23,15 +23,10 @@ from bigclass.core.divergences import DIVERGENCES, Divergence
 from bigclass.core.engines import dense, pair
 from bigclass.core.errors import ArgumentError
 from bigclass.core.guards import autocast_off, refuse_create_graph, refuse_transforms
-from bigclass.core.plan import Plan, Settings, Work, choose_engine, make_pair_plan, settings
+from bigclass.core.plan import Plan, Settings, Work, choose_engine, make_pair_plan, pair_work, settings
 from bigclass.core.problem import check, is_half
 from bigclass.core.recipe import pack, unpack
 from bigclass.core.stream import Stream
-
-NOT_FUSED = "a loss of two streams has no Triton form"
-
-# Tile-sized work buffers of engines/pair.py: p, q, r, b, one for the divergence, t and s where tiles are made again.
-_BUFFERS = 7
 
 
 def compare_rows(student: Stream, teacher: Stream, divergence: Divergence, *, keep: Tensor | None = None, engine: str = "auto") -> Tensor:
@@ -76,7 +71,7 @@ def compare_sum(
 
 def _checked(student: Stream, teacher: Stream, keep: Tensor | None, engine: str, *, scalar: bool) -> tuple[Stream, Stream, str]:
     """The streams, the teacher's without gradients, and the engine's name."""
-    teacher = teacher.with_tensors([t.detach() for t in teacher.tensors])
+    teacher = teacher.with_tensors([_constant(t) for t in teacher.tensors])
     check(student, None, (), keep)
     check(teacher, None, (), None)
     if student.shape != teacher.shape:
@@ -89,6 +84,13 @@ def _checked(student: Stream, teacher: Stream, keep: Tensor | None, engine: str,
     return student, teacher, name
 
 
+def _constant(t: Tensor) -> Tensor:
+    """t without a gradient; of a tensor made in inference mode, which autograd refuses to save, a plain one of the same memory."""
+    if torch.compiler.is_compiling() or not t.is_inference() or torch.is_inference_mode_enabled():
+        return t.detach()
+    return torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage(), t.storage_offset(), t.shape, t.stride())
+
+
 def _dense(student: Stream, teacher: Stream, divergence: Divergence, keep: Tensor | None) -> Tensor:
     with autocast_off(student.device):
         log_q = dense.logits(student, keep).log_softmax(1)
@@ -99,8 +101,7 @@ def _dense(student: Stream, teacher: Stream, divergence: Divergence, keep: Tenso
 
 def _work(student: Stream, teacher: Stream, *, scalar: bool, grad: bool) -> Work:
     n, c = student.shape
-    bends = [len(s.maps) for s in (student, teacher)]
-    return Work(
+    return pair_work(
         n=n,
         c=c,
         d=student.features + teacher.features,
@@ -109,8 +110,7 @@ def _work(student: Stream, teacher: Stream, *, scalar: bool, grad: bool) -> Work
         grad=grad,
         half=is_half(student) or is_half(teacher),
         wide=student.accumulate_dtype == torch.float64,
-        buffers=_BUFFERS + sum(bends),
-        not_fused=NOT_FUSED,
+        maps=len(student.maps) + len(teacher.maps),
     )
 
 

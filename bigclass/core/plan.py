@@ -19,6 +19,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -51,6 +52,9 @@ CPU_ROW_BLOCK = 2048
 # loss without slopes of its own, takes up to 20).
 SLAB_TILE = {"cpu": 1 << 19, "other": 1 << 24}
 SLAB_BUFFERS = 8
+
+# Tile-sized work buffers of engines/pair.py: p, q, r, b, one for the divergence, t and s where tiles are made again.
+PAIR_BUFFERS = 7
 
 # Elements of a slab of G in the fused engine: 4096 classes at 8192 rows, 64 MiB of bf16 (by the traffic of dx; not measured yet).
 SLAB_ELEMENTS = 1 << 25
@@ -334,6 +338,11 @@ def _slab_plan(work: Work, gradients: str, options: Settings, why: list[str]) ->
     return Plan("tiled", gradients, 0, row_block, class_block, size, tuple(why))
 
 
+def pair_work(*, maps: int, **described: Any) -> Work:
+    """The `Work` of two streams. maps: how many both have. d: the features of both."""
+    return Work(**described, buffers=PAIR_BUFFERS + maps, not_fused="a loss of two streams has no Triton form")
+
+
 def make_pair_plan(work: Work, name: str, options: Settings | None = None) -> Plan:
     """The plan of two streams (engines/pair.py): `chunk` whole rows of both, in tiles of chunk x class_block.
 
@@ -413,6 +422,7 @@ def _even(total: int, most: int, group: int = 1) -> int:
     return aligned if aligned <= most else share
 
 
+_NO_TEACHER = "folds, maps, one_vs_all, subcenters, label_smoothing and return_stats"
 _NO_MARGIN = "folds, maps, one_vs_all, softcap, label_smoothing and return_stats"
 
 
@@ -430,6 +440,7 @@ def explain(
     return_stats: bool = False,
     one_vs_all: bool = False,
     subcenters: int | None = None,
+    teacher_features: int | None = None,
     engine: str = "auto",
     folds: Sequence[Fold] | None = None,
     maps: Sequence[Map] | None = None,
@@ -443,6 +454,7 @@ def explain(
         one_vs_all: is it `linear_binary_cross_entropy` or another sum of elementwise terms (folds may name them)?
         subcenters: of a `linear_margin_loss` (1: a weight of C rows, K: of C K); None: it is none. Its norms of weights, one fp32 a row,
             and normalised features are not counted.
+        teacher_features: E, of a `linear_kl_div` (0: stored logits of a teacher); None: it is none. dtype is of both, softcap of one.
         folds, maps: of `core.reduce_logits`, in place of cross-entropy's (their tensors may be left out). They alone describe no loss:
             for one of elementwise terms say one_vs_all, for a margin loss subcenters.
 
@@ -450,12 +462,22 @@ def explain(
         A `Plan`; print it.
 
     Raises:
-        ValueError: subcenters below 1, or beside folds, one_vs_all, softcap, label_smoothing or return_stats; an engine that cannot run.
+        ValueError: subcenters below 1, or beside folds, one_vs_all, softcap, label_smoothing or return_stats; teacher_features below 0, or
+            beside any of those but softcap; an engine that cannot run.
 
     Example:
         >>> print(bigclass.explain(8192, 256000, 2304, dtype=torch.bfloat16))  # doctest: +SKIP
     """
     place = torch.device(device)
+    if teacher_features is not None:
+        if teacher_features < 0 or not (folds is maps is subcenters is None) or one_vs_all or label_smoothing or return_stats:
+            raise ArgumentError(f"teacher_features: expected a number >= 0, and of {_NO_TEACHER} none, got {teacher_features}")
+        work = pair_work(
+            n=rows, c=classes, d=features + teacher_features, device=place.type, scalar=reduction != "none", grad=requires_grad,
+            half=dtype.itemsize == 2, wide=dtype == torch.float64, maps=int(softcap is not None),
+        )  # fmt: skip
+        name = choose_engine(work, engine)
+        return make_plan(work, engine) if name == "dense" else make_pair_plan(work, name)
     margin = subcenters is not None
     if margin:
         if subcenters < 1 or folds is not None or maps is not None or one_vs_all or softcap is not None or label_smoothing or return_stats:

@@ -161,7 +161,8 @@ def linear_topk_kl_div(
         The loss, as `linear_kl_div`. A row without any class (all -1) has nothing to renormalise: NaN. With "tail" it is 0.
 
     Raises:
-        ValueError (also a RuntimeError): shapes, devices or values that do not fit. TypeError: wrong dtypes.
+        ValueError (also a RuntimeError): shapes, devices or values that do not fit (on a CPU also a row of "tail" whose probabilities sum
+        to more than 1: those are logits). TypeError: wrong dtypes.
         IndexError: a class outside [-1, C) in a row that counts.
 
     Example:
@@ -199,10 +200,10 @@ def topk_row_loss(folds, picked, args, numbers):
     there, p, log_p, tail, log_tail, factor = args
     s, rest, _ = beside_largest(folds[0], torch.where(there > 0, picked, torch.finfo(picked.dtype).min))
     nll = -F.logsigmoid(s - others(rest, s))  # -log q, which keeps its digits for a certain student
-    among = torch.where(p > 0, p * (log_p + nll), 0.0).sum(1)
+    among = torch.where(p == 0, 0.0, p * (log_p + nll)).sum(1)  # not p > 0, which would make 0 of a teacher's NaN
     # a tail of the teacher where the student has none: infinite, as it should be
-    gap = torch.where(tail > 0, rest - s.logsumexp(1), 0.0)
-    return factor * (among + torch.where(tail > 0, tail * (log_tail - F.logsigmoid(gap)), 0.0))
+    gap = torch.where(tail == 0, 0.0, rest - s.logsumexp(1))
+    return factor * (among + torch.where(tail == 0, 0.0, tail * (log_tail - F.logsigmoid(gap))))
 
 
 def teacher_cross_entropy(
@@ -314,7 +315,8 @@ def _kept(mask: Tensor | None, lead: Sequence[int], device: torch.device) -> Ten
         raise ArgumentError(f"mask: expected shape {tuple(lead)}, got {tuple(mask.shape)}")
     if not torch.compiler.is_compiling() and mask.device.type == "cpu" and bool(mask.all()):
         return None
-    return mask.reshape(-1)
+    made_for_inference = not torch.compiler.is_compiling() and mask.is_inference()  # autograd would refuse to save it
+    return mask.reshape(-1).clone() if made_for_inference else mask.reshape(-1)
 
 
 def _check_stored(index: Tensor, log_prob: Tensor, input: Tensor) -> None:
@@ -338,11 +340,20 @@ def _stored(index: Tensor, log_prob: Tensor, rest: str, keep: Tensor | None, str
     if keep is not None:  # an ignored row may hold anything
         index, log_p = torch.where(keep.unsqueeze(1), index, -1), torch.where(keep.unsqueeze(1), log_p, 0.0)
     log_p = log_p.masked_fill(index == -1, -math.inf)
+    lse = log_p.logsumexp(1)
     if rest == "renormalize":
-        log_p = log_p - log_p.logsumexp(1, keepdim=True)
-        tail = log_p.new_zeros(log_p.shape[0])
-    else:  # 1 - P in the form that keeps its digits; rounding may have left P above 1
-        tail = -torch.expm1(log_p.logsumexp(1).clamp_max(0.0))
+        log_p = log_p - lse.unsqueeze(1)
+        tail = torch.where(lse > -math.inf, 0.0, math.nan)  # of nothing, or of NaN: NaN, whatever the row lists
+        tail = tail.to(exact) if keep is None else torch.where(keep, tail, 0.0).to(exact)
+    else:
+        if not torch.compiler.is_compiling() and lse.device.type == "cpu" and bool((lse > 0.1).any()):
+            raise ArgumentError(
+                f"teacher_log_prob: expected log-probabilities, whose exponentials sum to at most 1 a row, got {float(lse.exp().max())}"
+                "; of logits take log_softmax over all classes first, or rest='renormalize'"
+            )
+        # 1 - P in the form that keeps its digits; rounding may have left P above 1
+        tail = -torch.expm1(lse.clamp_max(0.0))
     index, p = SparseTarget(index, log_p.exp(), stream.shape[1]).merged()
-    # where every class is listed, what is left is rounding, which no class could hold
-    return index, p, tail.masked_fill((index >= 0).sum(1) == stream.shape[1], 0.0)
+    if rest == "tail":  # where every class is listed, what is left is rounding, which no class could hold
+        tail = tail.masked_fill((index >= 0).sum(1) == stream.shape[1], 0.0)
+    return index, p, tail

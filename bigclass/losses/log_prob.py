@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from bigclass.core.errors import ArgumentError, ArgumentTypeError
 from bigclass.core.folds import LogSumExp, ShiftedMoment, State, entropy, log_sum, log_sum_exp
 from bigclass.core.op import reduce_logits
+from bigclass.core.repeats import Repeats
 from bigclass.core.topk import TopK
 from bigclass.losses.inputs import check_index, check_linear, check_range, kept_rows, make_stream, shifted
 from bigclass.losses.lora import Adapters, adapter_pairs
@@ -100,8 +103,8 @@ def linear_log_prob(
         >>> logp, entropy = bigclass.linear_log_prob(hidden, w, actions, return_entropy=True)
     """
     check_linear(input, linear_weight, linear_bias)
-    if not temperature > 0:
-        raise ArgumentError(f"temperature: expected a value greater than 0, got {temperature}")
+    if isinstance(temperature, Tensor) or not 0.0 < temperature < math.inf:  # of a tensor its gradient would be lost
+        raise ArgumentError(f"temperature: expected a finite number greater than 0 (one to learn is a logit_scale), got {temperature!r}")
     lead, classes = input.shape[:-1], linear_weight.shape[0]
     check_index("index", index, input.device, ignore_index)
     _check_rows(index, lead)
@@ -112,14 +115,15 @@ def linear_log_prob(
     check_range("index", picks, used, classes)
     picks = torch.where(used, torch.where(picks < 0, classes, picks), -1)
     keep = kept_rows(picks.amax(1), -1) if picks.shape[1] else None
-    asked, place = (picks, None) if picks.shape[1] == 1 else distinct(picks)
+    repeats = None if picks.shape[1] == 1 else Repeats.of(picks)
+    asked = picks if repeats is None else repeats.distinct
     pairs = adapter_pairs(input, linear_weight, lora)
     stream = make_stream(input, linear_weight, linear_bias, softcap, logit_scale, float(temperature), pairs)
     folds = (LogSumExp(exclude_picks=True), *((ShiftedMoment(),) if return_entropy else ()))
     states, picked = reduce_logits(stream, asked, folds, keep=keep, engine=engine)
     assert picked is not None
     logp = log_probs(states[0], picked, asked >= 0)
-    logp = logp if place is None else logp.gather(1, place)
+    logp = logp if repeats is None else repeats.copied(logp)
     logp = torch.where(picks >= 0, logp, 0.0).reshape(index.shape)
     logp = logp if cut is None else logp.narrow(axis, 0, cut)
     if not return_entropy:
@@ -242,15 +246,6 @@ def _picks(index: Tensor, lead: torch.Size, input: Tensor) -> Tensor:
 def _check_rows(index: Tensor, lead: torch.Size) -> None:
     if index.shape != lead and index.shape[:-1] != lead:
         raise ArgumentError(f"index: expected shape {tuple(lead)} or {tuple(lead)} + (K,), got {tuple(index.shape)}")
-
-
-def distinct(picks: Tensor) -> tuple[Tensor, Tensor]:
-    """(picks (N, K) with no class twice in a row, -1 in place of repeats; (N, K) where among them each given pick stands)."""
-    ordered, order = picks.sort(1)
-    repeated = ordered == F.pad(ordered[:, :-1], (1, 0), value=-1)  # numbers are padded: of marks Inductor makes C++ that is none
-    first = torch.arange(picks.shape[1], device=picks.device).expand_as(picks).masked_fill(repeated, 0)
-    first = first.cummax(1).values if picks.shape[1] else first
-    return ordered.masked_fill(repeated, -1), torch.zeros_like(order).scatter(1, order, first)
 
 
 def log_probs(rest: State, picked: Tensor, there: Tensor) -> Tensor:

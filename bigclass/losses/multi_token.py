@@ -24,9 +24,10 @@ from torch import Tensor
 from bigclass.core.errors import ArgumentError
 from bigclass.core.folds import LogSumExp, Total
 from bigclass.core.op import reduce_logits
+from bigclass.core.repeats import Repeats
 from bigclass.core.stream import Stream
 from bigclass.losses.inputs import check_index, check_linear, check_range, check_tensor, make_stream, shifted
-from bigclass.losses.log_prob import distinct, log_probs
+from bigclass.losses.log_prob import log_probs
 from bigclass.losses.softmax import Options, Task, factor_dtype, rowwise, weighted
 from bigclass.losses.targets import SparseTarget
 
@@ -131,12 +132,13 @@ def _of_one_set(stream: Stream, labels: Tensor, used: Tensor, scaled: Tensor, op
 def _rows_of_one_set(stream: Stream, labels: Tensor, used: Tensor, options: Options) -> Tensor:
     """(K, N): the loss of each label of each row."""
     eps, z = options.smoothing, options.z_loss
-    picks, place = distinct(_classes(labels, used, stream.shape[1]))
+    repeats = Repeats.of(_classes(labels, used, stream.shape[1]))
+    picks = repeats.distinct
     folds = (LogSumExp(exclude_picks=True), *((Total(),) if eps else ()))
     states, picked = reduce_logits(stream, picks, folds, keep=used.any(0), engine=options.engine)
     assert picked is not None
-    logp = log_probs(states[0], picked, picks >= 0).gather(1, place)
-    lse = picked.gather(1, place) - logp
+    logp = log_probs(states[0], picked, picks >= 0)
+    lse, logp = repeats.copied(picked - logp), repeats.copied(logp)
     rows = (1.0 - eps) * -logp
     if eps:
         rows = rows + eps * (lse - states[1][0].unsqueeze(1) / stream.shape[1])

@@ -12,6 +12,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from bigclass.core.errors import ArgumentError, ArgumentTypeError
+from bigclass.core.repeats import Repeats
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,9 +161,8 @@ class SparseTarget:
         weights = (weights if weights.dtype.itemsize >= 4 else weights.float()).masked_fill(index == -1, 0.0)
         if k == 1:
             return index, weights
-        first = (index.unsqueeze(2) == index.unsqueeze(1)).to(torch.int8).argmax(2)  # (N, K): where the class stands first
-        merged = torch.zeros_like(weights).scatter_add(1, first, weights)
-        return torch.where(first == torch.arange(k, device=index.device), index, -1), merged
+        repeats = Repeats.of(index)
+        return repeats.distinct.gather(1, repeats.place), repeats.summed(weights).gather(1, repeats.place)
 
 
 def _flatten(t: SparseTarget):

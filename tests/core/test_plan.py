@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bigclass
-from bigclass.core import ShiftedMoment, problem
+from bigclass.core import ShiftedMoment, compare, problem
 from bigclass.core.engines.support import TRITON_IS_THERE
 from bigclass.core.plan import MIB, Settings, Work, make_plan
 from bigclass.core.topk import TopK
@@ -150,6 +150,32 @@ def test_explain_refuses_a_margin_loss_that_is_something_else_too():
     if TRITON_IS_THERE:
         assert bigclass.explain(4096, 1_000_000, 512, subcenters=4, **gpu).engine == "fused"
         assert "groups of 3 classes" in str(bigclass.explain(4096, 1_000_000, 512, subcenters=3, **gpu))
+
+
+@pytest.mark.parametrize("workspace", [1 << 20, 64 << 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("n", "reduction"), [(20, "mean"), (400, "mean"), (400, "none")])
+def test_losses_of_a_teacher_run_as_explained(n, reduction, dtype, workspace, monkeypatch):
+    plans, make = [], compare.make_pair_plan
+    monkeypatch.setattr(compare, "make_pair_plan", lambda *given: plans.append(make(*given)) or plans[-1])
+    x, w, u, v = (torch.randn(s, dtype=dtype) for s in ((n, 8), (6000, 8), (n, 3), (6000, 3)))
+    for teacher, features, softcap in (((u, v), 3, None), ((torch.randn(n, 6000, dtype=dtype), None), 0, 20.0)):
+        with bigclass.planning(workspace=workspace):
+            loss = bigclass.linear_kl_div(x, w.requires_grad_(), *teacher, reduction=reduction, softcap=softcap)
+            torch.autograd.grad(loss.sum(), w)
+            told = bigclass.explain(n, 6000, 8, dtype=dtype, reduction=reduction, softcap=softcap, teacher_features=features)
+        if told.engine == "dense":
+            assert n * 6000 * 4 <= 2 << 20 and not plans
+        else:
+            assert plans[-1] == told and "two streams" in str(told)
+
+
+def test_explain_refuses_a_teacher_beside_what_it_does_not_teach():
+    for options in ({"teacher_features": -1}, {"teacher_features": 8, "one_vs_all": True}, {"teacher_features": 8, "subcenters": 2}):
+        with pytest.raises(ValueError, match="teacher_features: expected a number >= 0"):
+            bigclass.explain(40, 6000, 8, **options)
+    with pytest.raises(ValueError, match="engine: 'fused' cannot run this, for a loss of two streams has no Triton form"):
+        bigclass.explain(4000, 6000, 8, teacher_features=8, device="cuda", engine="fused")
 
 
 def test_explain_says_how_sums_over_classes_run():

@@ -137,3 +137,36 @@ def test_dividing_by_a_scalar_tensor_does_not_round_its_reciprocal(dtype, learnt
     bf16 = make_head(31, dtype=torch.bfloat16)(features(4, dtype=torch.bfloat16))
     for t in (temperature, temperature.reshape(1)):
         assert (bf16 / t).dtype == (bf16.materialize() / t).dtype
+
+
+CONSTANTS = {
+    "logits": lambda s: s / 2.0,
+    "cast": lambda s: s.float(),
+    "copy": lambda s: s.clone(),
+    "some": lambda s: s[:, :2],
+    "log p": lambda s: F.log_softmax(s, -1),
+}
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_what_is_made_under_no_grad_is_a_constant_afterwards(name):
+    x, s = features(B, T), make_head(C)
+    lazy = s(x)
+    with torch.no_grad():
+        made = CONSTANTS[name](lazy)
+    picked = made.gather(-1, index(*made.shape[:-1], 1))
+    assert not made.requires_grad and not picked.requires_grad
+    assert lazy.requires_grad and CONSTANTS[name](lazy).gather(-1, index(*made.shape[:-1], 1)).requires_grad
+
+
+@pytest.mark.filterwarnings("ignore::bigclass.heads.lazy.LogitsWarning")
+def test_probabilities_made_under_no_grad_weigh_as_constants():
+    """Of sum p log p with a constant p the gradient is that of its second factor alone, which is 0."""
+    head, x = make_head(C), features(B, T)
+    logp = F.log_softmax(head(x), -1)
+    with torch.no_grad():
+        p = logp.exp()
+    slope, whole = (torch.autograd.grad((a * logp).sum(), x)[0] for a in (p, logp.exp()))
+    assert float(slope.norm()) < 1e-12 < 1e-3 < float(whole.norm())
+    with torch.no_grad(), bigclass.planning(logits_limit=0):  # an entropy to look at streams there too
+        assert (logp.exp() * logp).sum(-1).shape == (B, T)

@@ -206,6 +206,14 @@ def test_a_student_learns_from_a_teacher_of_another_width_and_soft_cap(seed, kin
     assert all(p.grad is None for p in teacher.parameters())
 
 
+def test_a_stored_teacher_of_16_bits_is_not_rounded_again_by_the_temperature():
+    student, (ids, _) = bigclass.convert_head(llama().double(), engine="tiled"), tokens()
+    logits = student(input_ids=ids).logits
+    stored = (4.0 * torch.randn(logits.shape)).bfloat16()
+    got, want = (lm_kl_div(logits, t, temperature=3.0) for t in (stored, stored.double()))
+    assert error(got, want) < 1e-12
+
+
 def test_bad_arguments_of_lm_kl_div():
     student, (ids, labels) = bigclass.convert_head(llama()), tokens()
     logits = student(input_ids=ids).logits
@@ -214,6 +222,8 @@ def test_bad_arguments_of_lm_kl_div():
         lm_kl_div(taught, taught)
     with pytest.raises(TypeError, match="teacher_logits: expected lazy logits or a tensor"):
         lm_kl_div(logits, taught.tolist())
+    with pytest.raises(TypeError, match=r"teacher_logits: expected a floating-point tensor, got torch\.int64"):
+        lm_kl_div(logits, taught.long())
     with pytest.raises(ValueError, match=r"teacher_logits: expected the student's shape \(2, 7, 97\), got \(2, 7, 90\).*padded"):
         lm_kl_div(logits, taught[..., :90])
     with pytest.raises(ValueError, match="temperature: expected a finite number greater than 0"):

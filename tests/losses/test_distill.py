@@ -441,6 +441,33 @@ def test_streams_of_several_pairs_and_maps_are_compared_too():
         assert max(errors(torch.autograd.grad(loss, (*tensors, a)), right)) < 1e-11
 
 
+@every_road
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_teacher_may_have_run_in_inference_mode(road, stored, reduction):
+    x, w, _, u, v, _ = layers("flat", 40, 600, 5, 4, torch.float32, 0)
+    with torch.inference_mode():
+        fast = (u @ v.t())[::2] if stored else u.clone()[::2], None if stored else v.clone(), torch.arange(20) % 3 > 0
+    plain = tuple([None if t is None else t.clone() for t in fast])
+    losses = [on(road, KL, x[::2], w, *of, mask=mask, reduction=reduction).sum() for *of, mask in (fast, plain)]
+    assert torch.equal(*losses)
+    for a, b in zip(*(torch.autograd.grad(loss, (x, w)) for loss in losses), strict=True):
+        assert torch.equal(a, b) and float(a.norm()) > 0
+
+
+@streamed
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_learnt_scale_beside_biases_of_minus_infinity_gets_a_gradient(road, kept):
+    """An empty batch has the gradient 0, and classes that are masked out have no part in that of any."""
+    x, w, b, u, v, _ = layers("flat", 40, 600, 5, 4, torch.float64, 0)
+    b = b.detach().masked_fill(torch.arange(600) % 3 > 0, -math.inf)
+    s, mask = torch.tensor(1.3, dtype=torch.float64, requires_grad=True), torch.full((40,), kept)
+    got = on(road, KL, x, w, u, v, linear_bias=b, teacher_bias=b, logit_scale=s, mask=mask, reduction="sum")
+    want = on(road, KL, x, w[::3], u, v[::3], linear_bias=b[::3], teacher_bias=b[::3], logit_scale=s, mask=mask, reduction="sum")
+    (slope,), (exact,) = torch.autograd.grad(got, s), torch.autograd.grad(want, s)
+    assert torch.allclose(slope, exact, rtol=1e-10, atol=0) and bool(slope != 0) == kept
+
+
 # --- a teacher's stored best classes ------------------------------------------------------------------------------------------------
 
 
@@ -496,6 +523,21 @@ def test_all_classes_stored_are_the_whole_divergence(road, rest):
     want = on(road, KL, x, w, u, v, temperature=2.0)
     assert error(got, want) < 1e-12
     assert max(errors(torch.autograd.grad(got, (x, w)), torch.autograd.grad(want, (x, w)))) < 1e-11
+
+
+@every_road
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("rest", ["tail", "renormalize"])
+def test_a_teacher_s_nan_and_nothing_to_renormalise_are_nan_and_not_0(road, rest, reduction):
+    x, w = torch.randn(5, 4, requires_grad=True), torch.randn(300, 4, requires_grad=True)
+    index, log_p = torch.arange(10).view(5, 2), torch.full((5, 2), -1.5)
+    log_p[1, 0], log_p[2] = torch.nan, -math.inf  # a NaN; classes without any mass
+    index[3] = -1
+    wrong = torch.tensor([False, True, rest == "renormalize", rest == "renormalize", False])
+    got = on(road, TOPK, x, w, index, log_p, rest=rest, reduction=reduction)
+    assert torch.equal(got.isnan(), wrong if reduction == "none" else wrong.any())
+    kept = on(road, TOPK, x, w, index, log_p, rest=rest, reduction=reduction, mask=~wrong)
+    assert not kept.isnan().any() and all(torch.isfinite(z).all() for z in torch.autograd.grad(kept.sum(), (x, w)))
 
 
 @streamed
@@ -572,6 +614,7 @@ OF_STORED = {
     "log-probabilities int": (TYPE, "teacher_log_prob: expected a floating-point", {"teacher_log_prob": LOG_P.long()}),
     "log-probabilities shape": (VALUE, "teacher_log_prob: expected the shape of teacher_index", {"teacher_log_prob": LOG_P[:, :1]}),
     "log-probabilities elsewhere": (VALUE, "teacher_log_prob: expected device cpu", {"teacher_log_prob": LOG_P.to(META)}),
+    "logits": (VALUE, "teacher_log_prob: expected log-probabilities, .* got 14", {"teacher_log_prob": LOG_P + 3.0}),
     "rest": (VALUE, "rest: expected one of .* got 'drop'", {"rest": "drop"}),
     "class too large": (
         (IndexError,),

@@ -224,7 +224,9 @@ BAD = {
     "ignore_index": (TypeError, "ignore_index: expected an integer, got None", {"ignore_index": None}),
     "shift negative": (ValueError, "shift: expected an integer >= 0, got -1", {"shift": -1}),
     "shift float": (ValueError, "shift: expected an integer >= 0, got 1.0", {"shift": 1.0}),
-    "temperature": (ValueError, "temperature: expected a value greater than 0, got 0", {"temperature": 0}),
+    "temperature": (ValueError, "temperature: expected a finite number greater than 0 .* got 0", {"temperature": 0}),
+    "temperature infinite": (ValueError, "temperature: expected a finite number .* got inf", {"temperature": float("inf")}),
+    "temperature to learn": (ValueError, "temperature: expected a finite number .* got tensor", {"temperature": torch.tensor(2.0)}),
     "features": (ValueError, "linear_weight: expected 3 features", {"input": torch.zeros(2, 5, 3)}),
 }  # fmt: skip
 

@@ -15,7 +15,11 @@ from torch import Tensor
 from bigclass.core.folds import Fold, State, Tile
 from bigclass.core.guards import autocast_off
 from bigclass.core.norms import EPSILON
+from bigclass.core.repeats import Repeats
 from bigclass.core.stream import Stream
+
+# Devices on which a gather's gradient adds up what was read from one place in a fixed order; elsewhere it is open from three on.
+_IN_ORDER = ("cpu",)
 
 
 def logits(stream: Stream, keep: Tensor | None = None) -> Tensor:
@@ -60,11 +64,11 @@ def reduce(stream: Stream, picks: Tensor | None, keep: Tensor | None, folds: Seq
     picked = mask = None
     exclude = picks is not None and any([f.exclude_picks for f in folds])
     if picks is not None and _all_there(picks):
-        picked = s.gather(1, picks)
+        picked = _gathered(s, picks)
         mask = torch.zeros_like(s, dtype=torch.bool).scatter_(1, picks, True) if exclude else None
     elif picks is not None:
         # without a class there is nothing to gather, but still a graph
-        picked = s.gather(1, picks.clamp_min(0)) if s.shape[1] else s.sum(1, keepdim=True).expand(picks.shape)
+        picked = _gathered(s, picks) if s.shape[1] else s.sum(1, keepdim=True).expand(picks.shape)
         picked = picked.masked_fill(picks < 0, 0.0)
         if exclude:  # one column more takes the marks of picks that are none
             mask = s.new_zeros((s.shape[0], s.shape[1] + 1), dtype=torch.bool)
@@ -78,6 +82,14 @@ def reduce(stream: Stream, picks: Tensor | None, keep: Tensor | None, folds: Seq
             continue
         states.append(f.lift(tile, [_broadcast(t.to(s.dtype), axis, rows) for t, axis in zip(f.tensors, f.tensor_axes, strict=False)]))
     return states, picked
+
+
+def _gathered(s: Tensor, picks: Tensor) -> Tensor:
+    """s at the picks (N, K); at any class where a pick is -1, for the caller to mask."""
+    if picks.shape[1] < 3 or s.device.type in _IN_ORDER:
+        return s.gather(1, picks.clamp_min(0))
+    repeats = Repeats.of(picks)
+    return repeats.copied(s.gather(1, repeats.distinct.clamp_min(0)))
 
 
 def _all_there(picks: Tensor) -> bool:

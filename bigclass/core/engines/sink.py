@@ -272,7 +272,8 @@ class Sink:
             out += [t for t in (dx, dw) if t is not None]
         if self.db is not None:
             if self.dscale is not None and st.bias is not None and not st.bias_last:
-                self.dscale.add_((self.db * st.bias.to(maker.dtype)).sum())
+                # a class without a gradient has no part in it, even where its bias is -inf
+                self.dscale.add_(torch.where(self.db == 0.0, 0.0, self.db * st.bias.to(maker.dtype)).sum())
             if self.need_bias and st.bias_last:
                 out.append(self.db)
             elif self.need_bias:

@@ -142,7 +142,15 @@ class LazyLogits(Axes):
     # --- recipes of other lazy logits
 
     def _with(self, stream: Stream, **changes: Any) -> LazyLogits:
-        return replace(self, stream=stream, versions=None if self.versions is None else _versions(stream), **changes)
+        made = replace(self, stream=stream, versions=None if self.versions is None else _versions(stream), **changes)
+        return made.without_gradient()
+
+    def without_gradient(self) -> LazyLogits:
+        """Itself; under no_grad without gradients, one object for all calls: what torch makes of a tensor there has none later either."""
+        if torch.is_grad_enabled() or not self.requires_grad:
+            return self
+        made = self.__dict__.get("_constant")
+        return self.__dict__.setdefault("_constant", self.detach()) if made is None else made
 
     def _rows(self, operation: Callable[[Tensor], Any]) -> LazyLogits:
         """operation on the batch axes: what it does to a tensor (*lead, D)."""
@@ -215,13 +223,13 @@ class LazyLogits(Axes):
         moves = device is not None and torch.device(device) not in (self.device, torch.device(self.device.type))
         if moves or (dtype is not None and not dtype.is_floating_point):
             return self.written_out("to").to(*args, **kwargs)
-        return self if dtype is None or dtype == self.dtype else replace(self, dtype=dtype)
+        return self if dtype is None or dtype == self.dtype else replace(self, dtype=dtype).without_gradient()
 
     def cpu(self, *_: Any, **__: Any) -> Any:
         return self.to("cpu")
 
     def clone(self, *_: Any, **__: Any) -> LazyLogits:
-        return replace(self)
+        return replace(self).without_gradient()
 
     def float(self, *_: Any, **__: Any) -> LazyLogits:
         return self.to(torch.float32)

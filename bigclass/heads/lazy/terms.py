@@ -35,6 +35,10 @@ class _Terms(Lazy):
     lazy: LazyLogits
     factor: float
 
+    def __post_init__(self) -> None:
+        if isinstance(self.lazy, LazyLogits):  # while a pytree is taken apart it may be anything
+            self.lazy = self.lazy.without_gradient()
+
     @property
     def shape(self) -> torch.Size:
         return self.lazy.shape
@@ -249,7 +253,8 @@ class LazyPLogP(_Terms):
 
 
 def _same(a: LazyLogits, b: LazyLogits) -> bool:
-    """Are these the same logits, dtype aside?"""
+    """Are these the same logits, dtype aside? Under no_grad also if only one of them has gradients."""
+    a, b = a.without_gradient(), b.without_gradient()
     return a is b or (a.stream is b.stream and a.lead == b.lead and a.class_first == b.class_first)
 
 

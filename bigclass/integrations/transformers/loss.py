@@ -143,19 +143,22 @@ def lm_kl_div(
     check_options(reduction, temperature)
     if not isinstance(teacher_logits, LazyLogits | Tensor):
         raise ArgumentTypeError(f"teacher_logits: expected lazy logits or a tensor of them, got {type(teacher_logits).__name__}")
+    if not teacher_logits.dtype.is_floating_point:
+        raise ArgumentTypeError(f"teacher_logits: expected a floating-point tensor, got {teacher_logits.dtype}")
     if tuple(teacher_logits.shape) != tuple(logits.shape):
         raise ArgumentError(
             f"teacher_logits: expected the student's shape {tuple(logits.shape)}, got {tuple(teacher_logits.shape)}; of a vocabulary that "
             "was padded take the classes that both have, teacher_logits[..., :C], in both"
         )
     mask = None if labels is None else (_moved(labels, shift, ignore_index, logits) != ignore_index).reshape(logits.shape[:-1])
-    student, taught = logits / temperature, teacher_logits / temperature
+    student = logits / temperature
     student.check()
-    if isinstance(taught, LazyLogits):
+    if isinstance(teacher_logits, LazyLogits):
+        taught = teacher_logits / temperature
         taught.check()
         teacher = taught.stream
-    else:
-        teacher = Stream(given=taught.reshape(-1, taught.shape[-1]))
+    else:  # divided as they are read: a quotient of 16-bit logits would be rounded to 16 bits, and be as large as they are
+        teacher = Stream(given=teacher_logits.reshape(-1, teacher_logits.shape[-1]), scale=1.0 / temperature)
     return kl_div(
         student.stream, teacher, tuple(logits.shape[:-1]), divergence=divergence, beta=beta, temperature=temperature, reduction=reduction,
         mask=mask, engine=logits.engine,
