@@ -381,6 +381,14 @@ def test_head_options_refuse_a_class_bias():
         head_options(model)
 
 
+def test_head_options_refuse_a_scale_that_is_a_tensor():
+    sizes = dict(hidden_size=D, intermediate_size=2 * D, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    model = bigclass.convert_head(CohereForCausalLM(CohereConfig(vocab_size=V, pad_token_id=0, logit_scale=0.25, **sizes)))
+    model.logit_scale = nn.Parameter(torch.tensor(0.25))
+    with pytest.raises(ValueError, match="scales its logits by a tensor"):
+        head_options(model)
+
+
 # --- errors
 
 

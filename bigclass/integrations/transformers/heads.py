@@ -196,6 +196,8 @@ def head_options(model: Any, **inputs: Any) -> dict[str, float]:
     s, own = logits.stream, getattr(output_head(model), "bias", None)
     if s.bias is not None and (s.bias if own is None else s.bias - own).count_nonzero():
         raise ArgumentError(f"model: {name} adds a class bias of its own to its logits, which is no option of a head; use its lazy logits")
+    if s.scale_tensor is not None:
+        raise ArgumentError(f"model: {name} scales its logits by a tensor, which may learn; give that tensor itself as logit_scale")
     return _options_of(s.scale, s.maps, name)
 
 
