@@ -89,7 +89,7 @@ def linear_log_prob(
         temperature: > 0; divides the (soft-capped) logits.
         return_entropy: also return the entropy of each row in nats, (...).
         ignore_index: where index has this value, log p is 0. A row without any other index contributes nothing, not even if it holds NaN,
-            and its entropy is 0.
+            and its entropy is 0. (Where there is no index at all, K = 0, every row counts.)
         softcap, logit_scale, lora, engine: as in `linear_cross_entropy`.
 
     Returns:
