@@ -71,7 +71,7 @@ def perplexity(model: Any, batches: Iterable[Mapping[str, Any] | Tensor], *, shi
 def _token_losses(model: Any, input_ids: Tensor, labels: Tensor | None, shift: int | None, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """The losses (B, T), and the mask of the labels (...) that are predicted."""
     with torch.no_grad(), loss_only(model), evaluating(model):
-        bare = base_model(model)
+        bare: Any = base_model(model)
         shift = _shift_of(bare) if shift is None else shift
         encodes = bare.config.is_encoder_decoder
         if labels is None:

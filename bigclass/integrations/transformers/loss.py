@@ -28,7 +28,7 @@ def streams(model: Any) -> bool:
     own = model.__dict__.get("_loss_function")
     own = own.original if isinstance(own, StreamedLoss) else own
     # what the property falls back on is the causal loss
-    return (own or LOSS_MAPPING.get(getattr(model, "loss_type", None), ForCausalLMLoss)) in _SHIFTS and _calls_loss_function(type(model))
+    return (own or LOSS_MAPPING.get(getattr(model, "loss_type", None) or "", ForCausalLMLoss)) in _SHIFTS and _calls_loss_function(type(model))
 
 
 def _calls_loss_function(cls: type) -> bool:
@@ -42,7 +42,7 @@ def _calls_loss_function(cls: type) -> bool:
 
 def shift_of(loss_type: str | None) -> int | None:
     """How far the loss that transformers calls so moves the labels; None where that is no loss over a vocabulary."""
-    moves = _SHIFTS.get(LOSS_MAPPING.get(loss_type))
+    moves = _SHIFTS.get(LOSS_MAPPING.get(loss_type or ""))
     return None if moves is None else int(moves)
 
 
