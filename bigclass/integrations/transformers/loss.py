@@ -28,7 +28,8 @@ def streams(model: Any) -> bool:
     own = model.__dict__.get("_loss_function")
     own = own.original if isinstance(own, StreamedLoss) else own
     # what the property falls back on is the causal loss
-    return (own or LOSS_MAPPING.get(getattr(model, "loss_type", None) or "", ForCausalLMLoss)) in _SHIFTS and _calls_loss_function(type(model))
+    loss = own or LOSS_MAPPING.get(getattr(model, "loss_type", None) or "", ForCausalLMLoss)
+    return loss in _SHIFTS and _calls_loss_function(type(model))
 
 
 def _calls_loss_function(cls: type) -> bool:
