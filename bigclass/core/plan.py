@@ -37,8 +37,9 @@ GRADIENTS = ("auto", "forward", "recompute")
 # Measured on two cores of an EPYC 9004 with `python -m benchmarks --shapes tiny small cpu`.
 DENSE_BYTES = 2 * MIB
 
-# Temporary memory. GPUs: enough for chunks of full-rate GEMMs at a vocabulary of 128k (by the sizes; not yet measured on one).
-DEFAULT_WORKSPACE = {"cpu": 88 * MIB, "other": 1024 * MIB}
+# Temporary memory. CPUs: with what a product's threads take (MKL, two of them: 10 MiB) a loss layer stays below 96 MiB. GPUs: enough for
+# chunks of full-rate GEMMs at a vocabulary of 128k (by the sizes; not yet measured on one).
+DEFAULT_WORKSPACE = {"cpu": 80 * MIB, "other": 1024 * MIB}
 
 # Rows of a chunk under which its GEMMs lose more than the fourth pass of "recompute" costs.
 MIN_CHUNK_ROWS = {"cpu": 128, "other": 1024}
@@ -90,7 +91,7 @@ def planning(*, workspace: int | None = None, gradients: str | None = None, logi
     A backward uses the settings that its forward ran under.
 
     Args:
-        workspace: bytes of temporary memory the engines may take (default: 88 MiB on a CPU, 1 GiB elsewhere). Smaller works too, slower.
+        workspace: bytes of temporary memory the engines may take (default: 80 MiB on a CPU, 1 GiB elsewhere). Smaller works too, slower.
             On Linux CPUs the largest buffer stays with the process for the next call, marked for the kernel to take when memory is short.
         gradients: "forward" (3 passes of GEMM flops; gradients are made with the loss), "recompute" (4 passes, least memory;
             also right under activation checkpointing, which would pay for the forward's gradients twice) or "auto".

@@ -3,7 +3,7 @@
     loss_i = sum over classes of an elementwise term (elementwise.py, one_vs_all.py), or ZLPR's pair of log-sum-exps
 
 Flops: 6NCD with gradients, whatever C: a tile's gradient needs nothing of other tiles, so no logit is made twice or kept. (ZLPR as
-cross-entropy; 8NCD with update=, or reduction "none".) Temporary memory: one tile and its elementwise temporaries (88 MiB at most on a
+cross-entropy; 8NCD with update=, or reduction "none".) Temporary memory: one tile and its elementwise temporaries (80 MiB at most on a
 CPU, `planning`), dw apart. Dense targets are read as they are if they are floating point; others, and smoothed ones, are copied.
 """
 
