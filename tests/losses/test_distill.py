@@ -144,10 +144,10 @@ def test_the_divergence_between_its_ends_approaches_both_kullback_leibler_diverg
 @streamed
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_pooled_over_draws_nothing_is_less_exact_than_dense(road, dtype, kind):
+def test_pooled_over_30_draws_nothing_is_less_exact_than_dense(road, dtype, kind):
     for divergence in DIVERGED[:3]:
         pools = [[[], [], []] for _ in range(4)]
-        for seed in range(10 if dtype == torch.float32 else 4):
+        for seed in range(30):
             x, w, b, u, v, vb = problem = layers(kind, 64, 500, 40, 24, dtype, seed, agree=0.02 if seed % 2 else 0.0)
 
             def made(rows, leaves):
