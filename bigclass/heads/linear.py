@@ -24,7 +24,7 @@ from bigclass.core.stream import Map, Scale, Softcap
 from bigclass.core.updates import SlabUpdate
 from bigclass.heads.lazy import LazyLogits, lazy_logits
 from bigclass.losses.cross_entropy import cross_entropy, linear_cross_entropy
-from bigclass.losses.inputs import check_tensor
+from bigclass.losses.inputs import check_smoothing, check_tensor
 from bigclass.losses.log_prob import linear_log_prob, linear_sequence_log_prob, linear_topk
 from bigclass.losses.multi_token import linear_multi_token_cross_entropy
 from bigclass.losses.targets import SparseTarget
@@ -129,10 +129,7 @@ class LinearHead(nn.Linear):
             setattr(self, name, options.get(name, getattr(type(self), name)))
         if self.softcap is not None:
             Softcap.at(self.softcap)  # raises for a cap that is not positive
-        if not 0.0 <= self.label_smoothing <= 1.0:
-            raise ArgumentError(f"label_smoothing: expected a value in [0, 1], got {self.label_smoothing}")
-        if not self.z_loss >= 0.0:
-            raise ArgumentError(f"z_loss: expected a coefficient >= 0, got {self.z_loss}")
+        check_smoothing(self.label_smoothing, self.z_loss)
         if self.engine not in ENGINES:
             raise ArgumentError(f"engine: expected one of {ENGINES}, got {self.engine!r}")
 

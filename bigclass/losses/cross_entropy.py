@@ -15,7 +15,7 @@ from bigclass.core.errors import ArgumentError, ArgumentTypeError
 from bigclass.core.plan import Work, choose_engine
 from bigclass.core.stream import Stream
 from bigclass.core.updates import SlabUpdate
-from bigclass.losses.inputs import check_index, check_linear, check_tensor, make_stream, shifted
+from bigclass.losses.inputs import check_index, check_linear, check_smoothing, check_tensor, make_stream, shifted
 from bigclass.losses.lora import Adapters, adapter_pairs
 from bigclass.losses.softmax import Options, Stats, Task, finish
 from bigclass.losses.targets import SparseTarget
@@ -190,10 +190,7 @@ class Arguments:
         """(the target, is it probabilities). Raise for what does not fit."""
         if self.reduction not in REDUCTIONS:
             raise ArgumentError(f"reduction: expected one of {REDUCTIONS}, got {self.reduction!r}")
-        if not 0.0 <= self.label_smoothing <= 1.0:
-            raise ArgumentError(f"label_smoothing: expected a value in [0, 1], got {self.label_smoothing}")
-        if not self.z_loss >= 0.0:
-            raise ArgumentError(f"z_loss: expected a coefficient >= 0, got {self.z_loss}")
+        check_smoothing(self.label_smoothing, self.z_loss)
         self._check_update(positions)
         self._check_weight(classes, device)
         sparse = isinstance(target, SparseTarget)

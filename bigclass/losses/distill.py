@@ -32,11 +32,11 @@ from bigclass.core.folds import LogSumExp
 from bigclass.core.op import reduce_logits, stream_loss
 from bigclass.core.row_losses import ROW_LOSSES, register_row_loss
 from bigclass.core.stream import Softcap, Stream
+from bigclass.losses.cross_entropy import REDUCTIONS
 from bigclass.losses.inputs import check_index, check_linear, check_range, check_scale, check_tensor, make_stream
-from bigclass.losses.softmax import beside_largest, others
+from bigclass.losses.softmax import beside_largest, factor_dtype, others
 from bigclass.losses.targets import SparseTarget
 
-REDUCTIONS = ("none", "mean", "sum")
 KINDS = ("forward", "reverse", "jensen_shannon")
 RESTS = ("tail", "renormalize")
 
@@ -214,14 +214,14 @@ def teacher_cross_entropy(
     """
     student = make_stream(x, w, None, None, scale)
     teacher = make_stream(teacher_x, teacher_w, None, None, teacher_scale)
-    return compare_sum(student, teacher, CrossEntropy(), x.new_ones(x.shape[0], dtype=_exact(x.device)), engine=engine)
+    return compare_sum(student, teacher, CrossEntropy(), x.new_ones(x.shape[0], dtype=factor_dtype(student)), engine=engine)
 
 
 class _Rows:
     """What rows are worth: the factor of each, and what a mean over none of them is."""
 
     def __init__(self, stream: Stream, keep: Tensor | None, temperature: float, reduction: str) -> None:
-        n, exact = stream.shape[0], _exact(stream.device)
+        n, exact = stream.shape[0], factor_dtype(stream)
         self.none: Tensor | None = None
         factor = stream.tensors[0].new_full((), temperature**2, dtype=exact)
         if reduction == "mean":
@@ -231,11 +231,6 @@ class _Rows:
 
     def finish(self, loss: Tensor) -> Tensor:
         return loss if self.none is None else loss + self.none.to(loss.dtype)
-
-
-def _exact(device: torch.device) -> torch.dtype:
-    """Of the factors and of the sum over rows."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def check_options(reduction: str, temperature: float) -> None:
@@ -334,7 +329,7 @@ def _check_stored(index: Tensor, log_prob: Tensor, input: Tensor) -> None:
 
 def _stored(index: Tensor, log_prob: Tensor, rest: str, keep: Tensor | None, stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
     """(classes (N, K), -1 for none; the teacher's p (N, K), each class once; its tail (N,)), in float64."""
-    k, exact = index.shape[-1], _exact(stream.device)
+    k, exact = index.shape[-1], factor_dtype(stream)
     index, log_p = index.reshape(-1, k), log_prob.detach().reshape(-1, k).to(exact)
     if keep is not None:  # an ignored row may hold anything
         index, log_p = torch.where(keep.unsqueeze(1), index, -1), torch.where(keep.unsqueeze(1), log_p, 0.0)

@@ -79,6 +79,14 @@ def make_stream(
     return Stream(((x, linear_weight), *pairs), bias=linear_bias, maps=tuple(maps), compute_dtype=compute)
 
 
+def check_smoothing(label_smoothing: float, z_loss: float = 0.0) -> None:
+    """Raise for a label smoothing outside [0, 1] or a negative coefficient of LSE^2."""
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ArgumentError(f"label_smoothing: expected a value in [0, 1], got {label_smoothing}")
+    if not z_loss >= 0.0:
+        raise ArgumentError(f"z_loss: expected a coefficient >= 0, got {z_loss}")
+
+
 def check_scale(value: float | Tensor, input: Tensor, *, name: str = "logit_scale", of: str = "input") -> None:
     """Raise unless the value is a number or a floating-point scalar tensor on input's device. name, of: what the user calls the two."""
     if isinstance(value, Tensor):

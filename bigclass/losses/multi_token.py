@@ -26,7 +26,7 @@ from bigclass.core.folds import LogSumExp, Total
 from bigclass.core.op import reduce_logits
 from bigclass.core.repeats import Repeats
 from bigclass.core.stream import Stream
-from bigclass.losses.inputs import check_index, check_linear, check_range, check_tensor, make_stream, shifted
+from bigclass.losses.inputs import check_index, check_linear, check_range, check_smoothing, check_tensor, make_stream, shifted
 from bigclass.losses.log_prob import log_probs
 from bigclass.losses.softmax import Options, Task, factor_dtype, rowwise, weighted
 from bigclass.losses.targets import SparseTarget
@@ -167,10 +167,7 @@ def _factors(shifts: Sequence[int], loss_weights: Sequence[float] | None, label_
     """The factors of the K losses. Raise for numbers that cannot be."""
     if not isinstance(shifts, Sequence) or not shifts:
         raise ArgumentError(f"shifts: expected a sequence of at least one integer >= 0, got {shifts!r}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ArgumentError(f"label_smoothing: expected a value in [0, 1], got {label_smoothing}")
-    if not z_loss >= 0.0:
-        raise ArgumentError(f"z_loss: expected a coefficient >= 0, got {z_loss}")
+    check_smoothing(label_smoothing, z_loss)
     factors = [1.0] * len(shifts) if loss_weights is None else list(loss_weights)
     if len(factors) != len(shifts) or not all(isinstance(a, int | float) and 0.0 <= a < math.inf for a in factors):
         raise ArgumentError(f"loss_weights: expected {len(shifts)} finite numbers >= 0, one a shift, got {loss_weights}")

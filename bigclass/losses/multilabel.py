@@ -23,7 +23,7 @@ from bigclass.core.topk import TopK
 from bigclass.core.updates import SlabUpdate
 from bigclass.losses.classwise import Rows, class_vector, one_vs_all
 from bigclass.losses.elementwise import numbers_of, registered
-from bigclass.losses.inputs import check_linear, check_tensor, make_stream
+from bigclass.losses.inputs import check_linear, check_smoothing, check_tensor, make_stream
 from bigclass.losses.positives import Positives, read_positives
 
 
@@ -267,8 +267,7 @@ def streamed_loss(
     """`linear_elementwise_loss` of a stream whose N rows are `lead`, against checked targets."""
     found = registered(loss)
     numbers = numbers_of(found.loss, options)
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ArgumentError(f"label_smoothing: expected a value in [0, 1], got {label_smoothing}")
+    check_smoothing(label_smoothing)
     vectors = [_class_vector(name, v, stream) for name, v in (("weight", weight), ("pos_weight", pos_weight))]
     targets = _smoothed(targets, label_smoothing, stream)
     rows = Rows.of(stream, reduction, engine, _observed(return_topk, stream), update)

@@ -19,8 +19,8 @@ require("transformers")
 
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss, ForMaskedLMLoss  # noqa: E402
 
-# What `StreamedLoss` stands in for, and whether it moves the labels.
-_SHIFTS = {ForCausalLMLoss: True, ForMaskedLMLoss: False}
+# What `StreamedLoss` stands in for, and how far it moves the labels.
+_SHIFTS = {ForCausalLMLoss: 1, ForMaskedLMLoss: 0}
 
 
 def streams(model: Any) -> bool:
@@ -43,8 +43,7 @@ def _calls_loss_function(cls: type) -> bool:
 
 def shift_of(loss_type: str | None) -> int | None:
     """How far the loss that transformers calls so moves the labels; None where that is no loss over a vocabulary."""
-    moves = _SHIFTS.get(LOSS_MAPPING.get(loss_type or ""))
-    return None if moves is None else int(moves)
+    return _SHIFTS.get(LOSS_MAPPING.get(loss_type or ""))
 
 
 class StreamedLoss:
@@ -61,7 +60,7 @@ class StreamedLoss:
     @property
     def shift(self) -> int:
         """As in `lm_loss`."""
-        return int(_SHIFTS[self.original])
+        return _SHIFTS[self.original]
 
     def __call__(
         self, logits: Any, labels: Tensor | None, vocab_size: int | None = None, num_items_in_batch: Tensor | int | None = None,
@@ -101,7 +100,7 @@ def lm_loss(
         >>> logits = model(input_ids=ids).logits  # of a converted model in training
         >>> loss = lm_loss(logits, ids, z_loss=1e-4)
     """
-    _check_logits("logits", logits)
+    _check_logits(logits)
     target = _moved(labels, shift, ignore_index, logits)
     rows = logits.view(-1, logits.shape[-1])
     out = rows.cross_entropy(
@@ -140,7 +139,7 @@ def lm_kl_div(
         ...     taught = teacher(input_ids=ids).logits
         >>> loss = lm_kl_div(student(input_ids=ids).logits, taught, ids, temperature=2.0)
     """
-    _check_logits("logits", logits)
+    _check_logits(logits)
     check_options(reduction, temperature)
     if not isinstance(teacher_logits, LazyLogits | Tensor):
         raise ArgumentTypeError(f"teacher_logits: expected lazy logits or a tensor of them, got {type(teacher_logits).__name__}")
@@ -166,10 +165,10 @@ def lm_kl_div(
     )  # fmt: skip
 
 
-def _check_logits(name: str, logits: Any) -> None:
+def _check_logits(logits: Any) -> None:
     if not isinstance(logits, LazyLogits):
         raise ArgumentTypeError(
-            f"{name}: expected the lazy logits of a converted model (in training, or within loss_only), got {type(logits).__name__}"
+            f"logits: expected the lazy logits of a converted model (in training, or within loss_only), got {type(logits).__name__}"
         )
 
 
