@@ -25,8 +25,9 @@ from bigclass.core.stream import Stream
 
 @torch.library.custom_op("bigclass::reduce_logits", mutates_args=())
 def fold_op(
-    tensors: list[Tensor], picks: Tensor | None, keep: Tensor | None, recipe: str, numbers: list[float], plan: str, needs: list[bool]
-) -> list[Tensor]:
+    tensors: list[Tensor], picks: Tensor | None, keep: Tensor | None, recipe: str, numbers: list[float], plan: str, needs: list[bool],
+    report: Tensor | None,
+) -> list[Tensor]:  # fmt: skip
     stream, folds = unpack(recipe, numbers, tensors)
     assert_picks(picks, stream.shape[1])
     with autocast_off(stream.device):
@@ -36,7 +37,7 @@ def fold_op(
 
 
 @fold_op.register_fake
-def _(tensors, picks, keep, recipe, numbers, plan, needs):
+def _(tensors, picks, keep, recipe, numbers, plan, needs, report):
     stream, folds = unpack(recipe, numbers, tensors)
     return _fake_outputs(stream, folds, picks)
 
@@ -56,12 +57,15 @@ def fold_backward_op(
     folded, parts, h = upstream_of(folds, states, grads, has_grad, picks is not None)
     with autocast_off(stream.device):
         chosen = plan_of(plan, work_of(stream, folds, keep, scalar=False, grad=True))
-        return streaming_engine(chosen.engine).reduce_backward(stream, picks, keep, folds, chosen, folded, parts, h, needs)
+        report = tensors[0].new_empty(2, dtype=stream.accumulate_dtype)
+        run = streaming_engine(chosen.engine).reduce_backward
+        return [*run(stream, picks, keep, folds, chosen, folded, parts, h, needs, report=report), report]
 
 
 @fold_backward_op.register_fake
 def _(tensors, picks, keep, states, grads, has_grad, recipe, numbers, plan, needs):
-    return [_fake_gradient(t) for t, need in zip(tensors, needs, strict=True) if need]
+    wide = unpack(recipe, numbers, tensors)[0].accumulate_dtype
+    return [*[_fake_gradient(t) for t in _needed(tensors, needs)], tensors[0].new_empty(2, dtype=wide)]
 
 
 def _fake_gradient(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -69,7 +73,7 @@ def _fake_gradient(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def _reduce_context(ctx, inputs, output):
-    tensors, picks, keep, recipe, numbers, plan, needs = inputs
+    tensors, picks, keep, recipe, numbers, plan, needs, report = inputs
     _, folds = unpack(recipe, numbers, tensors)
     flags = [d for f in folds for d in f.differentiable]
     ctx.mark_non_differentiable(*[t for t, d in zip(output, flags, strict=False) if not d])
@@ -77,6 +81,7 @@ def _reduce_context(ctx, inputs, output):
     ctx.save_for_backward(*tensors, *[t for t in (picks, keep) if t is not None], *output[: len(flags)])
     ctx.sizes = len(tensors), picks is not None, keep is not None
     ctx.constants = recipe, numbers, plan, needs
+    ctx.report = report  # no input of the backward, which fills it in
 
 
 def _reduce_gradients(ctx, grads):
@@ -90,9 +95,12 @@ def _reduce_gradients(ctx, grads):
     has_grad = [g is not None for g in grads]
     tensors = list(saved[:count])
     if not any(has_grad) or not any(needs):
-        return [None] * count, None, None, None, None, None, None
-    made = fold_backward_op(tensors, picks, keep, rest, [g for g in grads if g is not None], has_grad, recipe, numbers, plan, needs)
-    return spread(made, tensors, needs), None, None, None, None, None, None
+        return [None] * count, None, None, None, None, None, None, None
+    *made, report = fold_backward_op(tensors, picks, keep, rest, [g for g in grads if g is not None], has_grad, recipe, numbers, plan, needs)
+    if ctx.report is not None:
+        with torch.no_grad():
+            ctx.report.copy_(report)
+    return spread(made, tensors, needs), None, None, None, None, None, None, None
 
 
 fold_op.register_autograd(_reduce_gradients, setup_context=_reduce_context)

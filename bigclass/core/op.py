@@ -27,6 +27,7 @@ from torch import Tensor
 
 from bigclass.core.custom_ops import checked_in_graph, fold_op, loss_op, row_loss_gradients
 from bigclass.core.engines import dense, streaming_engine
+from bigclass.core.engines.filter import exact_report
 from bigclass.core.errors import ArgumentError
 from bigclass.core.folds import Fold, State
 from bigclass.core.guards import autocast_off, refuse_transforms
@@ -39,8 +40,9 @@ from bigclass.core.updates import Problem, SlabUpdate, check_update, handed_on
 
 
 def reduce_logits(
-    stream: Stream, picks: Tensor | None, folds: Sequence[Fold], *, keep: Tensor | None = None, engine: str = "auto"
-) -> tuple[list[State], Tensor | None]:
+    stream: Stream, picks: Tensor | None, folds: Sequence[Fold], *, keep: Tensor | None = None, engine: str = "auto",
+    report: Tensor | None = None,
+) -> tuple[list[State], Tensor | None]:  # fmt: skip
     """Fold a stream's logits and pick some of them.
 
     Args:
@@ -49,6 +51,8 @@ def reduce_logits(
         folds: what to fold them to.
         keep: (N,) bool; rows where it is False contribute exactly nothing, to gradients either; what is returned for them means nothing.
         engine: "auto", "dense", "tiled" or "fused".
+        report: (2,); each backward writes to it the share of the gradient's columns that `stream.grad_filter` kept, and the largest relative
+            error of a block of rows of dL/dz.
 
     Returns:
         For each fold its raw state, a tuple of tensors (N,) (or (N, k); (C,) for column folds), and the picked logits (N, K), 0 where none.
@@ -64,11 +68,13 @@ def reduce_logits(
         else:
             assert_picks(picks, stream.shape[1])
         states, picked = dense.reduce(stream, picks, keep, folds)
+        if report is not None:
+            report.copy_(exact_report(report))
     else:
         refuse_transforms([*stream.tensors, *(t for f in folds for t in f.tensors)])
         recipe, numbers, tensors = pack(stream, folds)
         needs = [t.requires_grad and torch.is_grad_enabled() for t in tensors]
-        outputs = fold_op(tensors, picks, keep, recipe, numbers, f"{name},recompute,{settings().workspace or 0}", needs)
+        outputs = fold_op(tensors, picks, keep, recipe, numbers, f"{name},recompute,{settings().workspace or 0}", needs, report)
         return states_of(outputs, folds), None if picks is None else outputs[-1]
     return [squeezed(state) for state in states], picked
 

@@ -21,12 +21,12 @@ _OPTIONAL = ("bias", "class_scale", "given", "scale_tensor")
 
 
 def pack(stream: Stream, folds: Sequence[Fold]) -> Packed:
-    """(recipe, numbers, tensors): e.g. recipe "1|00|bias||softcap,1,0|logsumexp,0,0,1,rows" with numbers (scale, softcap)."""
+    """(recipe, numbers, tensors): e.g. recipe "1|00|bias||softcap,1,0|logsumexp,0,0,1,rows" with numbers (scale, filter, softcap)."""
     optional = "+".join([name for name in _OPTIONAL if getattr(stream, name) is not None])
     dtype = "" if stream.compute_dtype is None else str(stream.compute_dtype).removeprefix("torch.")
     maps = ";".join([f"{m.name},{len(m.numbers)},{len(m.tensors)}" for m in stream.maps])
     parts = ";".join([f"{f.name},{len(f.numbers)},{len(f.tensors)},{int(f.exclude_picks)},{f.axis}" for f in folds])
-    numbers = [stream.scale] + [v for m in stream.maps for v in m.numbers] + [v for f in folds for v in f.numbers]
+    numbers = [stream.scale, stream.grad_filter] + [v for m in stream.maps for v in m.numbers] + [v for f in folds for v in f.numbers]
     tensors = stream.tensors + [t for f in folds for t in f.tensors]
     return f"{len(stream.pairs)}|{int(stream.normalized)}{int(stream.bias_last)}|{optional}|{dtype}|{maps}|{parts}", numbers, tensors
 
@@ -35,12 +35,15 @@ def unpack(recipe: str, numbers: Sequence[float], tensors: Sequence[Tensor]) -> 
     """The stream and the folds of a packed recipe."""
     pairs, flags, optional, dtype, maps, parts = _parse(recipe)
     number, tensor = iter(numbers), iter(tensors)
-    scale = next(number)
+    scale, grad_filter = next(number), next(number)
     operands = tuple([(next(tensor), next(tensor)) for _ in range(pairs)])
     named = {name: next(tensor) for name in optional}
     made = tuple([MAPS[name](_take(number, count), _take(tensor, size)) for name, count, size in maps])
     folds = tuple([FOLDS[name](_take(number, count), _take(tensor, size), out, axis) for name, count, size, out, axis in parts])
-    return Stream(operands, scale=scale, maps=made, compute_dtype=dtype, normalized=flags[0], bias_last=flags[1], **named), folds
+    stream = Stream(
+        operands, scale=scale, maps=made, compute_dtype=dtype, normalized=flags[0], bias_last=flags[1], grad_filter=grad_filter, **named
+    )
+    return stream, folds
 
 
 def _take(source: Iterable, count: int) -> tuple:

@@ -172,6 +172,8 @@ class Stream:
     pairs: ((x_p (N, D_p), w_p (C, D_p)), ...). bias: (C,). class_scale: (C,). given: (N, C).
     normalized: class_scale is `inverse_norms(w)` of the one pair (norms.py), a function of w and no tensor of its own.
     bias_last: is the bias added after the scale?
+    grad_filter: of a block of rows of dL/dz, the relative error that products of the gradient may make by leaving out small columns
+    (engines/filter.py); 0: none.
     scale: a number times, if `scale_tensor` (shape [] or [1]) is there, a learnable scalar. maps: applied in order.
     compute_dtype: what the products' operands are cast to, tile by tile, on devices with units for it
     (autocast sets it); None: the wider of each pair's dtypes. Sums are always in fp32 (fp64 for fp64 operands).
@@ -187,6 +189,7 @@ class Stream:
     compute_dtype: torch.dtype | None = None
     normalized: bool = False
     bias_last: bool = False
+    grad_filter: float = 0.0
 
     def __post_init__(self) -> None:
         # A leading Scale is absorbed: exact, and free in every tile.
@@ -261,6 +264,8 @@ class Stream:
                 "normalized: expected one operand pair and, as class_scale, its inverse_norms, which get no gradient of their own; got "
                 f"{len(self.pairs)} pairs and class_scale {'None' if self.class_scale is None else 'that requires one'}"
             )
+        if self.grad_filter:
+            self._check_filter()
         if self.scale_tensor is not None and self.scale_tensor.numel() != 1:
             raise ArgumentError(f"scale: expected a tensor of shape () or (1,), got {tuple(self.scale_tensor.shape)}")
         device = self.device
@@ -269,6 +274,20 @@ class Stream:
                 raise ArgumentTypeError(f"a stream's tensors must be floating point, got {t.dtype}")
             if t.device != device:
                 raise ArgumentError(f"a stream's tensors must be on one device, got {device} and {t.device}")
+
+    def _check_filter(self) -> None:
+        dtypes = {self.compute_dtype or torch.promote_types(x.dtype, w.dtype) for x, w in self.pairs}
+        least = max([torch.finfo(dtype).eps / 2 for dtype in dtypes], default=0.0)
+        if not 0.0 < self.grad_filter < 1.0:
+            raise ArgumentError(f"grad_filter: expected 0 (exact) or a relative error between 0 and 1, got {self.grad_filter}")
+        if self.grad_filter < least:
+            names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+            raise ArgumentError(
+                f"grad_filter: products of {names} round by up to {least:g}, so an error of {self.grad_filter:g} cannot be promised; expected "
+                "at least that, or None (exact)"
+            )
+        if self.class_scale is not None and self.class_scale.requires_grad and torch.is_grad_enabled():
+            raise ArgumentError("grad_filter: a class scale's own gradient is read off products that it would leave out; leave it None")
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Stream:
         """The same recipe over other tensors (in the order of `tensors`)."""

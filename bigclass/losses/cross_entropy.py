@@ -15,7 +15,7 @@ from bigclass.core.errors import ArgumentError, ArgumentTypeError
 from bigclass.core.plan import Work, choose_engine
 from bigclass.core.stream import Stream
 from bigclass.core.updates import SlabUpdate
-from bigclass.losses.inputs import check_index, check_linear, check_smoothing, check_tensor, make_stream, shifted
+from bigclass.losses.inputs import check_index, check_linear, check_smoothing, check_tensor, filter_of, make_stream, shifted
 from bigclass.losses.lora import Adapters, adapter_pairs
 from bigclass.losses.softmax import Options, Stats, Task, finish
 from bigclass.losses.targets import SparseTarget
@@ -66,7 +66,11 @@ def linear_cross_entropy(
         shift: k > 0 scores position t's features against the label at t + k along the last leading axis, without slicing copies.
             With reduction "none" the result has T - k positions.
         z_loss: adds z_loss * LSE^2 to each row's loss (PaLM, arXiv:2204.02311); in the mean it is averaged over the kept rows.
-        grad_filter: None: exact gradients. (A tolerance is reserved for the certified filter and raises in this version.)
+        grad_filter: None: exact gradients. A tolerance such as 2**-8: columns of the gradient that are small enough are left out of its
+            products. Promised for each block of 128 rows: with G' the gradient of the logits without its entries at the targets (row
+            weights and z-loss included), ||G' left out||_F <= grad_filter * ||G'||_F. The gradients of targets, bias and logit_scale stay
+            exact, the loss too. Nothing is left out where the gradient is spread evenly, early in training. Not below the rounding of
+            the products' dtype (2^-24 for float32, 2^-11 for float16, 2^-8 for bfloat16).
         update: takes the weight's gradient slab by slab in the backward, as in `linear_binary_cross_entropy`: no C x D gradient. Of one
             loss: not with reduction "none", return_stats or a K-dimensional weight.
         engine: "auto", "dense" (materialises), "tiled", "fused".
@@ -89,8 +93,7 @@ def linear_cross_entropy(
     check_linear(input, linear_weight, linear_bias, weight_dims=None)
     classes, positions = linear_weight.shape[0], linear_weight.shape[1:-1]
     lead = input.shape[:-1]
-    if grad_filter is not None:
-        raise NotImplementedError("grad_filter: the certified filter is not part of this version; leave it None (exact gradients)")
+    filter_of(grad_filter)  # raises for what is no tolerance, also where so small a problem runs exactly
     if positions and len(lead) != 1:
         raise ArgumentError(
             f"input: a K-dimensional loss (linear_weight {tuple(linear_weight.shape)}) needs (N, D), got {tuple(input.shape)}"
@@ -106,8 +109,8 @@ def linear_cross_entropy(
     if positions:
         if shift or isinstance(target, SparseTarget):
             raise ArgumentError(f"{'shift' if shift else 'SparseTarget'}: is not defined for a K-dimensional loss")
-        return _per_position(input, linear_weight, linear_bias, target, probabilities, softcap, logit_scale, arguments)
-    stream = make_stream(input, linear_weight, linear_bias, softcap, logit_scale, pairs=pairs)
+        return _per_position(input, linear_weight, linear_bias, target, probabilities, softcap, logit_scale, grad_filter, arguments)
+    stream = make_stream(input, linear_weight, linear_bias, softcap, logit_scale, pairs=pairs, grad_filter=grad_filter)
     return arguments.run(stream, lead, target)
 
 
@@ -313,12 +316,12 @@ def _cut(out, positions: int, reduction: str, return_stats: bool):
     return loss if stats is None else (loss, stats._replace(lse=stats.lse[..., :positions], correct=stats.correct[..., :positions]))
 
 
-def _per_position(input, linear_weight, linear_bias, target, probabilities, softcap, logit_scale, arguments: Arguments):
+def _per_position(input, linear_weight, linear_bias, target, probabilities, softcap, logit_scale, grad_filter, arguments: Arguments):
     """The K-dimensional loss: each of the d_1 ... d_K positions is a classifier of its own over the same classes."""
     shape = linear_weight.shape[1:-1]
     ws = linear_weight.flatten(1, -2).unbind(1)
     bs = [None] * len(ws) if linear_bias is None else linear_bias.flatten(1).unbind(1)
     ts = target.flatten(2).unbind(2) if probabilities else target.flatten(1).unbind(1)
-    streams = [make_stream(input, w, b, softcap, logit_scale) for w, b in zip(ws, bs, strict=True)]
+    streams = [make_stream(input, w, b, softcap, logit_scale, grad_filter=grad_filter) for w, b in zip(ws, bs, strict=True)]
     tasks = [Task(stream, t, arguments.options) for stream, t in zip(streams, ts, strict=True)]
     return finish(tasks, (input.shape[0], *shape), arguments.reduction, arguments.return_stats)

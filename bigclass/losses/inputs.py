@@ -63,6 +63,7 @@ def make_stream(
     logit_scale: float | Tensor | None,
     temperature: float = 1.0,
     pairs: tuple[tuple[Tensor, Tensor], ...] = (),
+    grad_filter: float | None = None,
 ) -> Stream:
     """The stream softcap(logit_scale * (x w^T + b)) / temperature over the rows of input. pairs: more operands, of adapters."""
     maps: list[Map] = []
@@ -76,7 +77,20 @@ def make_stream(
     device = input.device.type
     compute = torch.get_autocast_dtype(device) if in_autocast(device) else None
     x = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
-    return Stream(((x, linear_weight), *pairs), bias=linear_bias, maps=tuple(maps), compute_dtype=compute)
+    return Stream(
+        ((x, linear_weight), *pairs), bias=linear_bias, maps=tuple(maps), compute_dtype=compute, grad_filter=filter_of(grad_filter)
+    )
+
+
+def filter_of(grad_filter: float | None) -> float:
+    """A stream's `grad_filter` from a user's; 0 for None. Raise unless it is None or a number in (0, 1)."""
+    if grad_filter is None:
+        return 0.0
+    if isinstance(grad_filter, bool) or not isinstance(grad_filter, int | float | torch.SymFloat):
+        raise ArgumentTypeError(f"grad_filter: expected None (exact) or a number such as 2**-8, got {grad_filter!r}")
+    if not 0.0 < grad_filter < 1.0:
+        raise ArgumentError(f"grad_filter: expected None (exact) or a relative error between 0 and 1, such as 2**-8, got {grad_filter!r}")
+    return float(grad_filter)
 
 
 def check_smoothing(label_smoothing: float, z_loss: float = 0.0) -> None:

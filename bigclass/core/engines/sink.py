@@ -18,16 +18,80 @@ Sums are in fp32 (fp64); a slab of dw is finished, and cast once, when its last 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from bigclass.core.engines.filter import FILTER_ROWS, ColumnFilter, exact_report
 from bigclass.core.engines.pages import fresh
-from bigclass.core.engines.tiles import Span, TileMaker, product, spans
+from bigclass.core.engines.tiles import Span, TileMaker, Where, product, spans
 from bigclass.core.folds import Fold, State, Tile
 from bigclass.core.norms import through_norms
 
+GATHERED = 1 << 20  # elements of w (and as many of dw) that are gathered at once for the kept columns of a block: 4 MiB
+
 OnSlab = Callable[[int, int, Tensor], None]  # (first class, class behind the last, their finished dw in fp32, to be used up)
+
+
+@dataclass(slots=True)
+class Measured:
+    """What the filter knows of a tile of dL/dz, by its blocks of rows.
+
+    rows: of the blocks, counted from the tile's first. blocks: their names (filter.py). norms: (b, c) squared norms of the columns without
+    the picks. forced: (b, c) bool, columns with a pick; None: none. moments: (b, c) what each column adds to d(scale); None: not asked.
+    """
+
+    rows: list[Span]
+    blocks: Tensor
+    norms: Tensor
+    forced: Tensor | None
+    moments: Tensor | None
+
+    @classmethod
+    def empty(cls, like: Tensor, r: Span, scaled: bool, columns: int | None = None) -> Measured:
+        """For rows r; columns: how many, if not as many as `like` has."""
+        rows = spans(r.size, FILTER_ROWS)
+        shape = len(rows), like.shape[1] if columns is None else columns
+        blocks = torch.tensor([r.start + block.start for block in rows], device=like.device)
+        return cls(rows, blocks, like.new_empty(shape), None, like.new_empty(shape) if scaled else None)
+
+    def take(self, tile: Measured, c: Span) -> None:
+        """Take over what is known of the tile of classes c."""
+        self.norms[:, c.start : c.stop] = tile.norms
+        if self.moments is not None and tile.moments is not None:
+            self.moments[:, c.start : c.stop] = tile.moments
+        if tile.forced is not None:
+            if self.forced is None:
+                self.forced = torch.zeros(self.norms.shape, dtype=torch.bool, device=self.norms.device)
+            self.forced[:, c.start : c.stop] = tile.forced
+
+    def cut(self, c: Span) -> Measured:
+        """That of classes c."""
+        moments = None if self.moments is None else self.moments[:, c.start : c.stop]
+        return Measured(self.rows, self.blocks, self.norms[:, c.start : c.stop], None, moments)
+
+    def take_norms(self, g: Tensor, where: Where, maker: TileMaker) -> None:
+        """Fill in norms and forced columns."""
+        flat, saved = None, None
+        if where is not None:
+            flat = torch.as_strided(g, (g.numel() + 1,), (1,))
+            saved = flat[where[0]]
+            flat[where[0]] = 0.0
+            self.forced = self._with_picks(where, g.shape[1])
+        for b, rows in enumerate(self.rows):
+            part = g[rows.start : rows.stop]
+            torch.sum(torch.mul(part, part, out=maker.pool.get("squares", *part.shape)), 0, out=self.norms[b])
+        if flat is not None and saved is not None and where is not None:
+            flat[where[0]] = saved
+
+    def _with_picks(self, where: Where, columns: int) -> Tensor:
+        assert where is not None
+        flat, inside = where
+        forced = torch.zeros((len(self.rows), columns + 1), dtype=torch.bool, device=flat.device)  # the last for picks elsewhere
+        block = torch.arange(flat.shape[0], device=flat.device).unsqueeze(1) // FILTER_ROWS
+        forced[block.expand_as(flat), torch.where(inside, flat % max(columns, 1), columns)] = True
+        return forced[:, :columns]
 
 
 class Sink:
@@ -36,11 +100,13 @@ class Sink:
     keep_wide: leave dw (and what else was summed over chunks) in fp32, for an upstream factor that is not known yet.
     whole: dw is summed over all chunks of rows before any slab is finished.
     on_slab: takes each slab's dw (of the one pair there is), which is then not stored.
+    filtered: does the stream's filter act on what is added here?
     """
 
     def __init__(
-        self, maker: TileMaker, folds: Sequence[Fold], needs: Sequence[bool], *, keep_wide: bool, whole: bool, on_slab: OnSlab | None = None
-    ) -> None:
+        self, maker: TileMaker, folds: Sequence[Fold], needs: Sequence[bool], *, keep_wide: bool, whole: bool, on_slab: OnSlab | None = None,
+        filtered: bool = True,
+    ) -> None:  # fmt: skip
         self.maker, self.folds, self.rows = maker, folds, maker.rows
         # A power of two about N, undone exactly in the products. At most 4096, so that a sum over rows does not overflow instead.
         low = torch.float16 in maker.operand_dtypes and keep_wide
@@ -78,6 +144,11 @@ class Sink:
             self._dw_sum = [fresh(w, w.shape, acc) if t is None else t for t, (_, w) in zip(self._dw_sum, st.pairs, strict=True)]
         self._dx_sum: list[Tensor | None] = [None] * len(st.pairs)
         self.wants_tensors = any(any(flags) for flags in self.need_folds)
+        self.filter: ColumnFilter | None = None
+        # Elsewhere than on a CPU reading how many columns are kept would be a host sync. A scale of 0 hides what its gradient is made of.
+        if filtered and st.grad_filter and st.device.type == "cpu" and not (need_scale and maker.alpha == 0.0):
+            self.filter = ColumnFilter(st.grad_filter, max(self.rows.count, 1), maker.c, like.new_empty(0, dtype=acc))
+            maker.keeps_z = need_scale
 
     def _sum_buffer(self, t: Tensor | None, whole: bool) -> Tensor | None:
         if t is None or t.dtype == self.maker.dtype:
@@ -111,68 +182,126 @@ class Sink:
 
     def add(
         self, g: Tensor, values: list[Tensor] | None, xs: list[Tensor], ws: list[Tensor], sums: list[Tensor | None], r: Span, c: Span,
-        *, first_rows: bool, first_classes: bool, live: Tensor | None = None,
+        *, first_rows: bool, first_classes: bool, live: Tensor | None = None, where: Where = None,
     ) -> None:  # fmt: skip
         """Take one tile's dL/ds (which is used up). first_rows, first_classes: are the sums of dw, of dx still empty?
 
         values: the logits along the maps; None: g is dL/dz already, in the operands' type (and then boosted).
-        live: the columns of the slab that g has (its others are 0); None: all."""
-        if live is not None:
-            return self._add_some(g, values or [], xs, ws, sums, r, c, live, first_rows, first_classes)
+        live: the columns of the slab that g has (its others are 0); None: all. where: its picks, for the filter."""
+        g = self.settled(g, values, r, c, live)
+        if self.filter is None:
+            self._begin(live is not None, sums, r, first_rows, first_classes)
+            self._multiply(g, xs, ws, sums, r, c, live, first_rows, first_classes)
+            return
+        tile = self.measured(g, None if values is None else values[0], r, c, where, live)
+        keep = self.filter.choose(tile.norms, tile.forced, tile.blocks)
+        self.add_kept(g, keep, tile, xs, ws, sums, r, c, first_rows=first_rows, first_classes=first_classes, live=live)
+
+    def settled(self, g: Tensor, values: list[Tensor] | None, r: Span, c: Span, live: Tensor | None = None) -> Tensor:
+        """dL/dz of a tile, with everything taken from it that needs no product."""
         maker, st = self.maker, self.maker.stream
-        if values is not None:
+        if values is not None and g.numel():
             g = self._through_maps(g, values)
         if self.db is not None:
             part = g.sum(0, dtype=self.db.dtype)
-            self.db[c.start : c.stop].add_(part if values is not None else part.div_(self.boost))
-        if st.given is not None and self.dscale is not None:
-            self.dscale.add_((g * self.rows.take(st.given[:, c.start : c.stop], r)).sum())
-        if self.dgiven is not None:
-            part = g * maker.alpha if maker.alpha_tensor is None else g * maker.alpha * maker.alpha_tensor
-            self.rows.put(self.dgiven[:, c.start : c.stop], r, part.to(self.dgiven.dtype))
-        for x, total in zip(xs, sums, strict=True):
-            if total is not None:
-                product(self._operand(g, x).t(), x, total, beta=float(not first_rows), alpha=maker.alpha / self.boost)
-        if st.class_scale is not None and any(t is not None for t in self._dx_sum):
-            g.mul_(st.class_scale[c.start : c.stop].to(maker.dtype))
-        for w, total in zip(ws, self._dx_sum, strict=True):
-            if total is not None:
-                at = r.start - self._span.start
-                product(self._operand(g, w), w, total[at : at + r.size], beta=float(not first_classes), alpha=1.0 / self.boost)
-
-    def _add_some(
-        self, g: Tensor, values: list[Tensor], xs: list[Tensor], ws: list[Tensor], sums: list[Tensor | None], r: Span, c: Span,
-        live: Tensor, first_rows: bool, first_classes: bool,
-    ) -> None:  # fmt: skip
-        """`add` for a tile of which only the classes `live` are not zero: products of that many columns."""
-        maker, st = self.maker, self.maker.stream
-        if live.numel():
-            g = self._through_maps(g, values)
-        if self.db is not None:
-            self.db[c.start : c.stop].index_add_(0, live, g.sum(0, dtype=self.db.dtype))
+            part = part if values is not None else part.div_(self.boost)
+            at = self.db[c.start : c.stop]
+            at.add_(part) if live is None else at.index_add_(0, live, part)
         if st.given is not None and (self.dscale is not None or self.dgiven is not None):
-            whole = g.new_zeros((r.size, c.size)).index_copy_(1, live, g)
+            whole = g if live is None else g.new_zeros((r.size, c.size)).index_copy_(1, live, g)
             if self.dscale is not None:
                 self.dscale.add_((whole * self.rows.take(st.given[:, c.start : c.stop], r)).sum())
             if self.dgiven is not None:
-                self.rows.put(self.dgiven[:, c.start : c.stop], r, whole.mul_(maker.alpha).to(self.dgiven.dtype))
+                part = whole * maker.alpha if maker.alpha_tensor is None else whole * maker.alpha * maker.alpha_tensor
+                self.rows.put(self.dgiven[:, c.start : c.stop], r, part.to(self.dgiven.dtype))
+        return g
+
+    def measured(self, g: Tensor, z: Tensor | None, r: Span, c: Span, where: Where, live: Tensor | None = None) -> Measured:
+        """What the filter must know of a settled tile (r, c') of the columns c' = live, or all."""
+        made = Measured.empty(g, Span(r.start, r.stop), self.dscale is not None and z is not None)
+        made.take_norms(g, where, self.maker)
+        if made.moments is not None and z is not None:
+            torch.mul(g, self._unscaled(z, r, c, live), out=(buffer := self.maker.pool.get("squares", *g.shape)))
+            buffer.masked_fill_(g == 0.0, 0.0)  # where a bias of -inf is
+            for b, rows in enumerate(made.rows):
+                torch.sum(buffer[rows.start : rows.stop], 0, out=made.moments[b])
+        return made
+
+    def _unscaled(self, z: Tensor, r: Span, c: Span, live: Tensor | None) -> Tensor:
+        """class_scale sum_p x_p w_p^T, from z."""
+        maker, st = self.maker, self.maker.stream
+
+        def part(t: Tensor) -> Tensor:
+            t = t[..., c.start : c.stop]
+            return (t if live is None else t[..., live]).to(maker.dtype)
+
+        y = z - part(st.bias) if st.bias is not None and st.bias_last else z
+        y = y / maker.alpha
+        y = y - part(st.bias) if st.bias is not None and not st.bias_last else y
+        return y if st.given is None else y - part(self.rows.take(st.given, r))
+
+    def add_kept(
+        self, g: Tensor, keep: Tensor, tile: Measured, xs: list[Tensor], ws: list[Tensor], sums: list[Tensor | None], r: Span, c: Span,
+        *, first_rows: bool, first_classes: bool, live: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """The products of those columns of a settled tile that are kept (blocks, c')."""
+        counts = keep.sum(1).tolist()
+        if all(count == g.shape[1] for count in counts):
+            self._begin(live is not None, sums, r, first_rows, first_classes)
+            self._multiply(g, xs, ws, sums, r, c, live, first_rows, first_classes)
+            return
+        self._begin(True, sums, r, first_rows, first_classes)
+        if self.dscale is not None and tile.moments is not None:
+            self.dscale.add_(torch.where(keep, 0.0, tile.moments).sum())
+        for rows, columns, count in zip(tile.rows, keep, counts, strict=True):
+            here, own = Span(r.start + rows.start, r.start + rows.stop), [x[rows.start : rows.stop] for x in xs]
+            part = g[rows.start : rows.stop]
+            if count == g.shape[1]:
+                self._multiply(part, own, ws, sums, here, c, live, False, False)
+                continue
+            chosen = columns.nonzero().squeeze(-1)
+            for some in chosen.split(max(GATHERED // max(x.shape[1] for x in xs), 64)) if count else ():
+                picked = torch.index_select(part, 1, some, out=self.maker.pool.get("kept g", rows.size, some.numel()))
+                self._multiply(picked, own, ws, sums, here, c, some if live is None else live[some], False, False)
+
+    def _begin(self, empty: bool, sums: list[Tensor | None], r: Span, first_rows: bool, first_classes: bool) -> None:
+        """Where products will only add (to some columns, say), sums that are still empty are zeroed."""
+        if not empty:
+            return
+        at = slice(r.start - self._span.start, r.stop - self._span.start)
+        for total in sums if first_rows else ():
+            if total is not None:
+                total.zero_()
+        for total in self._dx_sum if first_classes else ():
+            if total is not None:
+                total[at].zero_()
+
+    def _multiply(
+        self, g: Tensor, xs: list[Tensor], ws: list[Tensor], sums: list[Tensor | None], r: Span, c: Span,
+        live: Tensor | None, first_rows: bool, first_classes: bool,
+    ) -> None:  # fmt: skip
+        """dw += G^T x, dx += G w for the columns that g has: `live` of the slab, or all. g is used up."""
+        maker, st = self.maker, self.maker.stream
+        if live is not None and not live.numel():
+            return
         for x, total in zip(xs, sums, strict=True):
             if total is None:
                 continue
-            if first_rows:
-                total.zero_()
-            if live.numel():
+            if live is None:
+                product(self._operand(g, x).t(), x, total, beta=float(not first_rows), alpha=maker.alpha / self.boost)
+            else:
                 part = maker.pool.get("live dw", live.numel(), x.shape[1])
                 total.index_add_(0, live, product(g.t(), x, part, alpha=maker.alpha))
         if st.class_scale is not None and any(t is not None for t in self._dx_sum):
-            g.mul_(st.class_scale[c.start : c.stop][live].to(maker.dtype))
+            factor = st.class_scale[c.start : c.stop]
+            g.mul_((factor if live is None else factor[live]).to(maker.dtype))
         for p, (w, total) in enumerate(zip(ws, self._dx_sum, strict=True)):
             if total is None:
                 continue
             at = total[r.start - self._span.start : r.stop - self._span.start]
-            if first_classes:
-                at.zero_()
-            if live.numel():
+            if live is None:
+                product(self._operand(g, w), w, at, beta=float(not first_classes), alpha=1.0 / self.boost)
+            else:
                 rows = torch.index_select(w, 0, live, out=maker.pool.get(f"live w {p}", live.numel(), w.shape[1]))
                 product(g, rows, at, beta=1.0)
 
@@ -253,6 +382,11 @@ class Sink:
                     total[c.start : c.stop].add_(part.squeeze(-1))
 
         return take
+
+    def report(self) -> Tensor:
+        """(2,): what the filter kept and promised (filter.py)."""
+        like = torch.empty(0, dtype=self.maker.dtype, device=self.maker.stream.device)
+        return exact_report(like) if self.filter is None else self.filter.report().to(like.dtype)
 
     def no_rows(self) -> None:
         """No row counts, so the sums of dw never began: they are zero."""

@@ -56,8 +56,8 @@ def slab_loss(
             values = maker.bend(maker.raw(xs, ws, r, c, maker.pool.get("tile", r.size, c.size)), keep_inputs=True)
             for f, state in zip(observed, seen, strict=True):
                 update(f, tuple([t[r.start : r.stop] for t in state]), maker, values[-1], r, c, None)  # which counts every class
-            g, values, live = _fold(maker, folds, states, up, values, r, c, maker.positions(r, c), sink)
-            sink.add(g, values, xs, ws, sums, r, c, first_rows=r.start == 0, first_classes=c.start == 0, live=live)
+            g, values, live, where = _fold(maker, folds, states, up, values, r, c, maker.positions(r, c), sink)
+            sink.add(g, values, xs, ws, sums, r, c, first_rows=r.start == 0, first_classes=c.start == 0, live=live, where=where)
         sink.close_slab(c, sums)
     if rows.count == 0:
         sink.no_rows()
@@ -72,8 +72,8 @@ def slab_loss(
 def _fold(
     maker: TileMaker, folds: Sequence[Fold], states: list[State], up: Upstream, values: list[Tensor], r: Span, c: Span, where: Where,
     sink: Sink,
-) -> tuple[Tensor, list[Tensor], Tensor | None]:  # fmt: skip
-    """Add a tile to the states and make its G: (G (r, c'), the values along the maps (r, c'), which classes c' are; None: all)."""
+) -> tuple[Tensor, list[Tensor], Tensor | None, Where]:  # fmt: skip
+    """Add a tile to the states and make its G: (G (r, c'), the values along the maps (r, c'), which classes c' are; None: all, its picks)."""
     on_tensor = sink.on_tensor(r, c)
     active = [i for i, _ in enumerate(folds) if up.grads[i][0] is not None]
     if len(folds) > 1 or not active or on_tensor is not None:
@@ -82,7 +82,7 @@ def _fold(
             tile = maker.tile(f, values[-1], r, c, flat, "scratch")
             state[0][r.start : r.stop].add_(f.lift(tile, maker.fold_tensors(f, r, c))[0])
             tile.restore()
-        return logit_gradient(maker, folds, up, values, r, c, where, on_tensor), values, None
+        return logit_gradient(maker, folds, up, values, r, c, where, on_tensor), values, None, where
     (f,) = folds
     assert isinstance(f, SumFold)
     _, (g_rows,) = up.of(0, f, r, c)
@@ -93,15 +93,16 @@ def _fold(
         values, where = compact(maker, values, some, where)
         vectors = [v[:, some] if v.shape[1] > 1 else v for v in vectors]
     s = values[-1]
-    out = maker.pool.get("g", *s.shape) if maker.stream.maps else s
+    apart = bool(maker.stream.maps) or maker.keeps_z
+    out = maker.pool.get("g", *s.shape) if apart else s
     tile = maker.tile(f, s, r, c, None if where is None else where[0], "scratch")
     tile.work = lambda i: maker.pool.get(f"work {i}", *s.shape)
     (part,) = f.lift_with_gradient(tile, vectors, g_rows, out)
     states[0][0][r.start : r.stop].add_(part)
-    if maker.stream.maps:
+    if apart:
         tile.restore()
     add_picks(out, where, r, up)
-    return out, values, some
+    return out, values, some, where
 
 
 def live_classes(s: Tensor, below: float, where: Where) -> Tensor | None:

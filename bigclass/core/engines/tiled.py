@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from bigclass.core.engines.sink import OnSlab, Sink
+from bigclass.core.engines.sink import Measured, OnSlab, Sink
 from bigclass.core.engines.slabs import slab_loss
 from bigclass.core.engines.tiles import Rows, Span, TileMaker, Upstream, add_picks, logit_gradient, spans, update
 from bigclass.core.folds import Fold, State
@@ -79,11 +79,12 @@ def reduce(
 def reduce_backward(
     stream: Stream, picks: Tensor | None, keep: Tensor | None, folds: Sequence[Fold], plan: Plan,
     states: Sequence[State], grads: Sequence[Sequence[Tensor | None]], h: Tensor | None, needs: Sequence[bool],
-    on_slab: OnSlab | None = None, keep_wide: bool = False,
+    on_slab: OnSlab | None = None, keep_wide: bool = False, report: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of the needed tensors, from the states and what reached them. The tiles are made again.
 
-    on_slab: takes that of the only weight a slab at a time, which is then not among those returned. keep_wide: return them in fp32."""
+    on_slab: takes that of the only weight a slab at a time, which is then not among those returned. keep_wide: return them in fp32.
+    report: (2,), takes what the filter kept and promised."""
     rows = Rows(stream.shape[0], keep)
     maker = TileMaker(stream, picks, rows)
     sink = Sink(maker, folds, needs, keep_wide=keep_wide, whole=False, on_slab=on_slab)
@@ -111,10 +112,13 @@ def reduce_backward(
             xs = maker.features(r)
             z = maker.raw(xs, ws, r, c, maker.pool.get("tile", r.size, c.size))
             values = maker.bend(z, keep_inputs=True)
-            g = logit_gradient(maker, folds, up, values, r, c, maker.positions(r, c), sink.on_tensor(r, c))
-            sink.add(g, values, xs, ws, sums, r, c, first_rows=r.start == 0, first_classes=c.start == 0)
+            where = maker.positions(r, c)
+            g = logit_gradient(maker, folds, up, values, r, c, where, sink.on_tensor(r, c))
+            sink.add(g, values, xs, ws, sums, r, c, first_rows=r.start == 0, first_classes=c.start == 0, where=where)
         sink.close_slab(c, sums)
     sink.close_rows()
+    if report is not None:
+        report.copy_(sink.report())
     return sink.finish()
 
 
@@ -137,6 +141,7 @@ def stream_loss(
     slabs = spans(maker.c, plan.class_block)
     # A lone log-sum-exp over unbent logits leaves its exponentials where the logits were.
     in_place = len(folds) == 1 and folds[0].overwrites and folds[0].axis == "rows" and not stream.maps and not sink.wants_tensors
+    in_place = in_place and not maker.keeps_z
     for r in spans(rows.count, plan.chunk):
         xs = maker.features(r)
         kept = maker.pool.get("kept", 1, r.size * maker.c + _SPARE * len(slabs)).view(-1)
@@ -167,6 +172,7 @@ def stream_loss(
             rows.put(out, r, part)
         up = Upstream(states, grads, h, start=r.start)
         sink.open_rows(r)
+        whole = None if sink.filter is None else Measured.empty(tiles[0], r, maker.keeps_z, maker.c)
         for t, c in enumerate(slabs):
             if in_place:
                 values = [tiles[t]]
@@ -175,8 +181,21 @@ def stream_loss(
                 add_picks(g, places[t], r, up)
             else:
                 values = kept_values(maker, tiles[t], again=True)
-                g = logit_gradient(maker, folds, up, values, r, c, maker.positions(r, c), sink.on_tensor(r, c))
+                g = logit_gradient(maker, folds, up, values, r, c, places[t], sink.on_tensor(r, c))
+            if whole is not None:  # all of a row's classes are at hand, so the filter chooses among all of them
+                g = sink.settled(g, values, r, c)
+                whole.take(sink.measured(g, values[0], r, c, places[t]), c)
+                tiles[t] = g if g is tiles[t] else tiles[t].copy_(g)
+                continue
             sink.add(g, values, xs, maker.slab(c), sink.open_slab(c), r, c, first_rows=r.start == 0, first_classes=c.start == 0)
+        if whole is not None and sink.filter is not None:
+            keep = sink.filter.choose(whole.norms, whole.forced, whole.blocks)
+            for t, c in enumerate(slabs):
+                part = whole.cut(c)
+                sink.add_kept(
+                    tiles[t], keep[:, c.start : c.stop], part, xs, maker.slab(c), sink.open_slab(c), r, c,
+                    first_rows=r.start == 0, first_classes=c.start == 0,
+                )  # fmt: skip
         sink.close_rows()
     if rows.count == 0:
         sink.no_rows()

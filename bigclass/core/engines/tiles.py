@@ -144,6 +144,7 @@ class TileMaker:
         self.c = stream.shape[1]
         self.pool = Pool(stream.tensors[0], self.dtype)
         self.picks = None if picks is None else picks.long()
+        self.keeps_z = False  # must the gradient leave z as it was made? (sink.py: for that of a scale, of filtered columns)
         self._row_numbers = torch.arange(0 if picks is None else rows.count, device=stream.device).unsqueeze(-1)
         wide = stream.device.type in WIDE_OUTPUT
         self.operand_dtypes = [self._operand_dtype(x, w) if wide else self.dtype for x, w in stream.pairs]
@@ -203,7 +204,7 @@ class TileMaker:
     def bend(self, z: Tensor, *, keep_inputs: bool) -> list[Tensor]:
         """[z, s_1, ..., s]: the values along the maps; all in z's place unless a gradient needs them apart."""
         values = [z]
-        apart = keep_inputs and not self.in_place
+        apart = keep_inputs and (self.keeps_z or not self.in_place)
         for i, m in enumerate(self.stream.maps):
             out = self.pool.get(f"map {i}", *z.shape) if apart else z
             values.append(m.forward(values[-1], m.numbers, m.tensors, out=out))
@@ -275,7 +276,7 @@ def logit_gradient(
     """G (r, c) = dL/ds of one tile: every fold's part, then the picks'. Overwrites s if nothing else reads it."""
     s = values[-1]
     active = [(i, f) for i, f in enumerate(folds) if any(g is not None for g in up.grads[i])]
-    alone = len(active) == 1 and not maker.stream.maps and on_tensor is None
+    alone = len(active) == 1 and not maker.stream.maps and on_tensor is None and not maker.keeps_z
     g = s if alone else maker.pool.get("g", *s.shape)
     for first, (i, f) in enumerate(active):
         state, grads = up.of(i, f, r, c)

@@ -301,14 +301,14 @@ def picks_shape(picks: Picks) -> tuple[int, int]:
 def reduce_backward(
     stream: Stream, picks: Tensor | None, keep: Tensor | None, folds: Sequence[Fold], plan: Plan,
     states: Sequence[State], grads: Sequence[Sequence[Tensor | None]], h: Tensor | None, needs: Sequence[bool],
-    on_slab: OnSlab | None = None, keep_wide: bool = False,
+    on_slab: OnSlab | None = None, keep_wide: bool = False, report: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of the needed tensors, from the states and what reached them. Tiles are made again, a slab of classes at a time.
 
-    on_slab, keep_wide: of the sink (sink.py)."""
+    on_slab, keep_wide: of the sink (sink.py). report: (2,), takes what the filter kept and promised."""
     source = _Source(stream, picks, folds, keep)
     maker, n = source.maker, stream.shape[0]
-    sink = Sink(maker, folds, needs, keep_wide=keep_wide, whole=False, on_slab=on_slab)
+    sink = Sink(maker, folds, needs, keep_wide=keep_wide, whole=False, on_slab=on_slab, filtered=False)
     everything = Span(0, n)
     if n == 0:
         sink.no_rows()
@@ -324,6 +324,8 @@ def reduce_backward(
         sink.add(g, None, xs, source.of_products(ws), sums, everything, c, first_rows=True, first_classes=c.start == 0)
         sink.close_slab(c, sums)
     sink.close_rows()
+    if report is not None:
+        report.copy_(sink.report())
     return sink.finish()
 
 
@@ -336,7 +338,7 @@ def stream_loss(
     source = _Source(stream, picks, folds, keep)
     maker, n = source.maker, stream.shape[0]
     tensors = len(stream.tensors) + sum(len(f.tensors) for f in folds)
-    sink = Sink(maker, folds, needs[:tensors], keep_wide=True, whole=True)
+    sink = Sink(maker, folds, needs[:tensors], keep_wide=True, whole=True, filtered=False)
     like = maker.pool.get("empty", 0, 0)
     loss = like.new_zeros(())
     dargs = [a.new_zeros(a.shape, dtype=maker.dtype) if need else None for a, need in zip(args, needs[tensors:], strict=True)]
@@ -382,7 +384,7 @@ def slab_loss(
     source = _Source(stream, picks, (*folds, *observed), keep)
     maker, n = source.maker, stream.shape[0]
     tensors = len(stream.tensors) + sum(len(f.tensors) for f in folds)
-    sink = Sink(maker, folds, needs[:tensors], keep_wide=on_slab is None, whole=False, on_slab=on_slab)
+    sink = Sink(maker, folds, needs[:tensors], keep_wide=on_slab is None, whole=False, on_slab=on_slab, filtered=False)
     like = maker.pool.get("empty", 0, 0)
     everything = Span(0, n)
     states = [f.identity(n, like) for f in (*folds, *observed)]
