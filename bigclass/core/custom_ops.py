@@ -4,6 +4,10 @@ A stream and its folds cross as a string of registered names, numbers and tensor
 
     fold_op     "engine,gradients,workspace"              states of the folds and picked logits; tiles are made again in the backward
     loss_op     "engine,gradients,workspace,observed"     the loss, states of the observed folds, and the gradients of what needs them
+
+What the filter kept is known in the backward, and wanted in a tensor that the forward returned. A graph that writes to it there cannot be
+traced: it would write to a copy. So `fold_backward_op` writes below the tracer's eyes, to a tensor that comes from an op of its own
+(`report_op`), which no compiler makes a second time instead of keeping it.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from bigclass.core.stream import Stream
 @torch.library.custom_op("bigclass::reduce_logits", mutates_args=())
 def fold_op(
     tensors: list[Tensor], picks: Tensor | None, keep: Tensor | None, recipe: str, numbers: list[float], plan: str, needs: list[bool],
-    report: Tensor | None,
+    report: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
     stream, folds = unpack(recipe, numbers, tensors)
     assert_picks(picks, stream.shape[1])
@@ -37,7 +41,7 @@ def fold_op(
 
 
 @fold_op.register_fake
-def _(tensors, picks, keep, recipe, numbers, plan, needs, report):
+def _(tensors, picks, keep, recipe, numbers, plan, needs, report=None):
     stream, folds = unpack(recipe, numbers, tensors)
     return _fake_outputs(stream, folds, picks)
 
@@ -48,24 +52,34 @@ def _fake_outputs(stream: Stream, folds: Sequence[Fold], picks: Tensor | None) -
     return states + ([] if picks is None else [like.new_empty((n, picks.shape[1]))])
 
 
+@torch.library.custom_op("bigclass::filter_report", mutates_args=())
+def report_op(like: Tensor, double: bool) -> Tensor:
+    """(2,) NaN: what a backward will fill in."""
+    return like.new_full((2,), torch.nan, dtype=torch.float64 if double else torch.float32)
+
+
+@report_op.register_fake
+def _(like, double):
+    return like.new_empty((2,), dtype=torch.float64 if double else torch.float32)
+
+
 @torch.library.custom_op("bigclass::reduce_logits_backward", mutates_args=())
 def fold_backward_op(
     tensors: list[Tensor], picks: Tensor | None, keep: Tensor | None, states: list[Tensor], grads: list[Tensor],
-    has_grad: list[bool], recipe: str, numbers: list[float], plan: str, needs: list[bool],
+    has_grad: list[bool], recipe: str, numbers: list[float], plan: str, needs: list[bool], report: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
     stream, folds = unpack(recipe, numbers, tensors)
     folded, parts, h = upstream_of(folds, states, grads, has_grad, picks is not None)
     with autocast_off(stream.device):
         chosen = plan_of(plan, work_of(stream, folds, keep, scalar=False, grad=True))
-        report = tensors[0].new_empty(2, dtype=stream.accumulate_dtype)
         run = streaming_engine(chosen.engine).reduce_backward
-        return [*run(stream, picks, keep, folds, chosen, folded, parts, h, needs, report=report), report]
+        written = None if report is None else report.data  # with a version counter of its own: autograd is not to see it
+        return run(stream, picks, keep, folds, chosen, folded, parts, h, needs, report=written)
 
 
 @fold_backward_op.register_fake
-def _(tensors, picks, keep, states, grads, has_grad, recipe, numbers, plan, needs):
-    wide = unpack(recipe, numbers, tensors)[0].accumulate_dtype
-    return [*[_fake_gradient(t) for t in _needed(tensors, needs)], tensors[0].new_empty(2, dtype=wide)]
+def _(tensors, picks, keep, states, grads, has_grad, recipe, numbers, plan, needs, report=None):
+    return [_fake_gradient(t) for t in _needed(tensors, needs)]
 
 
 def _fake_gradient(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -81,7 +95,7 @@ def _reduce_context(ctx, inputs, output):
     ctx.save_for_backward(*tensors, *[t for t in (picks, keep) if t is not None], *output[: len(flags)])
     ctx.sizes = len(tensors), picks is not None, keep is not None
     ctx.constants = recipe, numbers, plan, needs
-    ctx.report = report  # no input of the backward, which fills it in
+    ctx.report = report  # not saved: activation checkpointing would make another, which nobody reads
 
 
 def _reduce_gradients(ctx, grads):
@@ -96,10 +110,8 @@ def _reduce_gradients(ctx, grads):
     tensors = list(saved[:count])
     if not any(has_grad) or not any(needs):
         return [None] * count, None, None, None, None, None, None, None
-    *made, report = fold_backward_op(tensors, picks, keep, rest, [g for g in grads if g is not None], has_grad, recipe, numbers, plan, needs)
-    if ctx.report is not None:
-        with torch.no_grad():
-            ctx.report.copy_(report)
+    given = [g for g in grads if g is not None]
+    made = fold_backward_op(tensors, picks, keep, rest, given, has_grad, recipe, numbers, plan, needs, ctx.report)
     return spread(made, tensors, needs), None, None, None, None, None, None, None
 
 

@@ -25,7 +25,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from bigclass.core.custom_ops import checked_in_graph, fold_op, loss_op, row_loss_gradients
+from bigclass.core.custom_ops import checked_in_graph, fold_op, loss_op, report_op, row_loss_gradients
 from bigclass.core.engines import dense, streaming_engine
 from bigclass.core.engines.filter import exact_report
 from bigclass.core.errors import ArgumentError
@@ -51,8 +51,8 @@ def reduce_logits(
         folds: what to fold them to.
         keep: (N,) bool; rows where it is False contribute exactly nothing, to gradients either; what is returned for them means nothing.
         engine: "auto", "dense", "tiled" or "fused".
-        report: (2,); each backward writes to it the share of the gradient's columns that `stream.grad_filter` kept, and the largest relative
-            error of a block of rows of dL/dz.
+        report: from `empty_report`; each backward writes to it the share of the gradient's columns that `stream.grad_filter` kept, and the
+            largest relative error of a block of rows of dL/dz. In a compiled graph, too.
 
     Returns:
         For each fold its raw state, a tuple of tensors (N,) (or (N, k); (C,) for column folds), and the picked logits (N, K), 0 where none.
@@ -77,6 +77,11 @@ def reduce_logits(
         outputs = fold_op(tensors, picks, keep, recipe, numbers, f"{name},recompute,{settings().workspace or 0}", needs, report)
         return states_of(outputs, folds), None if picks is None else outputs[-1]
     return [squeezed(state) for state in states], picked
+
+
+def empty_report(stream: Stream) -> Tensor:
+    """(2,) NaN, for `reduce_logits(report=)`."""
+    return report_op(stream.tensors[0].detach(), stream.accumulate_dtype == torch.float64)
 
 
 def stream_loss(

@@ -39,6 +39,11 @@ def check(stream: Stream, picks: Tensor | None, folds: Sequence[Fold], keep: Ten
         for t, axis in zip(f.tensors, f.tensor_axes, strict=False):
             along_rows = (axis == "kept") == (f.axis == "rows")
             shape = (n, c) if axis == "grid" else ((n,) if along_rows else (c,))
+            if axis == "grid" and stream.grad_filter:
+                raise ArgumentError(
+                    "grad_filter: the entries of a row's targets are set apart, for beside them all others would pass for negligible; "
+                    "those of a dense target (N, C) are not known. Give indices, sparse positives or a SparseTarget, or leave it None"
+                )
             if tuple(t.shape) != shape:
                 raise ArgumentError(f"fold {f.name!r}: expected a {axis} tensor of shape {shape}, got {tuple(t.shape)}")
             if axis == "folded" and t.requires_grad and torch.is_grad_enabled():

@@ -283,8 +283,8 @@ class Stream:
         if self.grad_filter < least:
             names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
             raise ArgumentError(
-                f"grad_filter: products of {names} round by up to {least:g}, so an error of {self.grad_filter:g} cannot be promised; expected "
-                "at least that, or None (exact)"
+                f"grad_filter: products of {names} round by up to {least:g}, so an error of {self.grad_filter:g} cannot be promised; "
+                "expected at least that, or None (exact)"
             )
         if self.class_scale is not None and self.class_scale.requires_grad and torch.is_grad_enabled():
             raise ArgumentError("grad_filter: a class scale's own gradient is read off products that it would leave out; leave it None")

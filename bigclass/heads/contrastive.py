@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bigclass.core.errors import ArgumentError, ArgumentTypeError
 from bigclass.core.plan import ENGINES
 from bigclass.losses.contrastive import DIRECTIONS, contrastive_loss, sigmoid_contrastive_loss
-from bigclass.losses.inputs import check_tensor
+from bigclass.losses.inputs import check_tensor, filter_of
 from bigclass.parallel.spread import EXCHANGES
 
 # The scale and the bias that the papers begin with.
@@ -39,7 +39,7 @@ class ContrastiveHead(nn.Module):
         schedule: temperature at each training step, instead of a learnt scale: takes the number of training forwards so far, a tensor
             of shape (), and returns 1/scale, a number or tensor (see `cosine_temperature`). `logit_scale` then follows it without a
             gradient, and the buffer `step` counts, so that a checkpoint resumes the schedule.
-        direction, group, exchange, engine: as in `contrastive_loss` ("image" and "text" are the softmax's).
+        direction, group, exchange, grad_filter, engine: as in `contrastive_loss` ("image" and "text" are the softmax's).
 
     The scale used never leaves its range, whatever the parameter says. Beyond a bound the gradient is that at the bound, so that the
     parameter can come back; call `head.clamp_()` after each optimizer step (as open_clip does) and it need not walk back first.
@@ -60,7 +60,8 @@ class ContrastiveHead(nn.Module):
     def __init__(
         self, loss: str = "softmax", *, init_scale: float | None = None, init_bias: float | None = None, learnable: bool = True,
         min_scale: float = 1.0, max_scale: float | None = 100.0, normalize: bool = True, schedule: Schedule | None = None,
-        direction: str = "both", group: Any = None, exchange: str = "auto", engine: str = "auto", device=None, dtype=None,
+        direction: str = "both", group: Any = None, exchange: str = "auto", grad_filter: float | None = None, engine: str = "auto",
+        device=None, dtype=None,
     ) -> None:  # fmt: skip
         super().__init__()
         if loss not in LOSSES:
@@ -73,6 +74,7 @@ class ContrastiveHead(nn.Module):
             raise ArgumentError(f"exchange: expected one of {EXCHANGES}, got {exchange!r}")
         if engine not in ENGINES:
             raise ArgumentError(f"engine: expected one of {ENGINES}, got {engine!r}")
+        filter_of(grad_filter)  # raises for what is no tolerance
         if schedule is not None and not callable(schedule):
             raise ArgumentTypeError(f"schedule: expected a function of the step, got {type(schedule).__name__}")
         if schedule is not None and init_scale is not None:
@@ -90,7 +92,8 @@ class ContrastiveHead(nn.Module):
                 f"init_scale: expected a scale (no logarithm) in [min_scale, max_scale] = {list(bounds)}, got {self.init_scale}"
             )
         self.loss, self.min_scale, self.max_scale, self.normalize = loss, *bounds, normalize
-        self.schedule, self.direction, self.group, self.exchange, self.engine = schedule, direction, group, exchange, engine
+        self.schedule, self.direction, self.group, self.exchange = schedule, direction, group, exchange
+        self.grad_filter, self.engine = grad_filter, engine
         learns = learnable and schedule is None
         self.logit_scale = nn.Parameter(torch.empty((), device=device, dtype=dtype), requires_grad=learns)
         self.logit_bias = None if self.init_bias is None else nn.Parameter(torch.empty((), device=device, dtype=dtype))
@@ -156,7 +159,7 @@ class ContrastiveHead(nn.Module):
                 self.logit_scale.copy_(self._scheduled())
         options: dict[str, Any] = {
             "positives": positives, "ignore": ignore, "reduction": reduction, "group": self.group, "exchange": self.exchange,
-            "engine": self.engine,
+            "grad_filter": self.grad_filter, "engine": self.engine,
         }  # fmt: skip
         if self.loss == "softmax":
             options["direction"] = self.direction
@@ -181,7 +184,7 @@ class ContrastiveHead(nn.Module):
             parts += [f"init_scale={self.init_scale:g}"] + ([] if self.logit_scale.requires_grad else ["learnable=False"])
         parts += [] if self.init_bias is None else [f"init_bias={self.init_bias:g}"]
         parts.append(f"max_scale={self.max_scale:g}")
-        usual = {"min_scale": 1.0, "normalize": True, "direction": "both", "exchange": "auto", "engine": "auto"}
+        usual = {"min_scale": 1.0, "normalize": True, "direction": "both", "exchange": "auto", "grad_filter": None, "engine": "auto"}
         parts += [f"{name}={getattr(self, name)!r}" for name, value in usual.items() if getattr(self, name) != value]
         return ", ".join(parts + ([] if self.group is None else ["group=..."]))
 

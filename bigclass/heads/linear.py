@@ -24,7 +24,7 @@ from bigclass.core.stream import Map, Scale, Softcap
 from bigclass.core.updates import SlabUpdate
 from bigclass.heads.lazy import LazyLogits, lazy_logits
 from bigclass.losses.cross_entropy import cross_entropy, linear_cross_entropy
-from bigclass.losses.inputs import check_smoothing, check_tensor
+from bigclass.losses.inputs import check_smoothing, check_tensor, filter_of
 from bigclass.losses.log_prob import linear_log_prob, linear_sequence_log_prob, linear_topk
 from bigclass.losses.multi_token import linear_multi_token_cross_entropy
 from bigclass.losses.targets import SparseTarget
@@ -77,11 +77,12 @@ class LinearHead(nn.Linear):
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     ignore_index: int = -100
+    grad_filter: float | None = None
     engine: str = "auto"
     lazy: bool = True
     always_lazy: bool = False  # in evaluation and under no_grad, too: for a while, where only the loss is wanted
     _is_replica: bool = False  # nn.DataParallel says so of its copies
-    _OPTIONS = ("softcap", "logit_scale", "label_smoothing", "z_loss", "ignore_index", "engine", "lazy")
+    _OPTIONS = ("softcap", "logit_scale", "label_smoothing", "z_loss", "ignore_index", "grad_filter", "engine", "lazy")
     _OWN: tuple[str, ...] = ()  # those of a subclass
 
     def __init__(self, in_features: int, out_features: int, bias: bool, *, device=None, dtype=None, **options: Any) -> None:
@@ -130,6 +131,7 @@ class LinearHead(nn.Linear):
         if self.softcap is not None:
             Softcap.at(self.softcap)  # raises for a cap that is not positive
         check_smoothing(self.label_smoothing, self.z_loss)
+        filter_of(self.grad_filter)  # raises for what is no tolerance
         if self.engine not in ENGINES:
             raise ArgumentError(f"engine: expected one of {ENGINES}, got {self.engine!r}")
 
@@ -148,7 +150,7 @@ class LinearHead(nn.Linear):
         """What a forward without targets returns."""
         if not self.streams:
             return self.logits(features)
-        return lazy_logits(features, self.weight, self.bias, self.maps, self.engine)
+        return lazy_logits(features, self.weight, self.bias, self.maps, self.engine, grad_filter=self.grad_filter)
 
     @property
     def maps(self) -> tuple[Map, ...]:
@@ -183,8 +185,9 @@ class LinearHead(nn.Linear):
         if isinstance(features, LazyLogits):
             return cross_entropy(features.stream, features.lead, target, **options)
         return linear_cross_entropy(
-            features, self.weight, target, linear_bias=self.bias, softcap=self.softcap, logit_scale=self.logit_scale, **options
-        )
+            features, self.weight, target, linear_bias=self.bias, softcap=self.softcap, logit_scale=self.logit_scale,
+            grad_filter=self.grad_filter, **options,
+        )  # fmt: skip
 
     def loss(self, features: Tensor, target: Tensor | SparseTarget, **options: Any) -> Any:
         """`self(features, target, ...)` under a name of its own; it is a forward, so hooks run."""
@@ -205,6 +208,7 @@ class CCEHead(LinearHead):
         in_features: D. num_classes: C. bias, device, dtype: as in `nn.Linear`.
         softcap, logit_scale (a number): part of the logits. engine: as in `linear_cross_entropy`.
         label_smoothing, z_loss, ignore_index: of `head(features, target)`; a criterion of your own has its own.
+        grad_filter: as in `linear_cross_entropy`; of lazy logits, too, whatever criterion reads them.
         lazy: False: real logits in training, too.
 
     Example:
@@ -215,11 +219,11 @@ class CCEHead(LinearHead):
     def __init__(
         self, in_features: int, num_classes: int, bias: bool = True, device=None, dtype=None, *,
         softcap: float | None = None, logit_scale: float | None = None, label_smoothing: float = 0.0,
-        z_loss: float = 0.0, ignore_index: int = -100, engine: str = "auto", lazy: bool = True,
+        z_loss: float = 0.0, ignore_index: int = -100, grad_filter: float | None = None, engine: str = "auto", lazy: bool = True,
     ) -> None:  # fmt: skip
         super().__init__(
             in_features, num_classes, bias, device=device, dtype=dtype, softcap=softcap, logit_scale=logit_scale,
-            label_smoothing=label_smoothing, z_loss=z_loss, ignore_index=ignore_index, engine=engine, lazy=lazy,
+            label_smoothing=label_smoothing, z_loss=z_loss, ignore_index=ignore_index, grad_filter=grad_filter, engine=engine, lazy=lazy,
         )  # fmt: skip
 
     @property
@@ -253,9 +257,9 @@ class LMHead(LinearHead):
     Args:
         hidden_size: D. vocab_size: C. bias, device, dtype: as in `nn.Linear` (without bias by default, as language models are).
         shift: 1 for next-token prediction; 0 if labels are shifted already.
-        softcap, logit_scale (a number), label_smoothing, z_loss, ignore_index, engine: as in `linear_cross_entropy`.
+        softcap, logit_scale (a number), label_smoothing, z_loss, ignore_index, grad_filter, engine: as in `linear_cross_entropy`.
 
-    softcap and logit_scale are part of the logits; label_smoothing, z_loss and ignore_index are of `head(hidden, labels)`.
+    softcap, logit_scale and grad_filter are part of the logits; label_smoothing, z_loss and ignore_index are of `head(hidden, labels)`.
 
     `head.log_prob(hidden, index)` and `head.sequence_log_prob(hidden, labels)` give log-probabilities for policy and preference training,
     `head.multi_token_loss(features, labels)` the loss of features that predict several tokens ahead. All are forwards of the module, so
@@ -271,11 +275,11 @@ class LMHead(LinearHead):
     def __init__(
         self, hidden_size: int, vocab_size: int, bias: bool = False, device=None, dtype=None, *, shift: int = 1,
         softcap: float | None = None, logit_scale: float | None = None, label_smoothing: float = 0.0,
-        z_loss: float = 0.0, ignore_index: int = -100, engine: str = "auto", lazy: bool = True,
+        z_loss: float = 0.0, ignore_index: int = -100, grad_filter: float | None = None, engine: str = "auto", lazy: bool = True,
     ) -> None:  # fmt: skip
         super().__init__(
             hidden_size, vocab_size, bias, device=device, dtype=dtype, softcap=softcap, logit_scale=logit_scale,
-            label_smoothing=label_smoothing, z_loss=z_loss, ignore_index=ignore_index, engine=engine, lazy=lazy,
+            label_smoothing=label_smoothing, z_loss=z_loss, ignore_index=ignore_index, grad_filter=grad_filter, engine=engine, lazy=lazy,
         )  # fmt: skip
         self.shift = shift
 
@@ -335,7 +339,7 @@ class LMHead(LinearHead):
         if by is not None:
             return by(
                 hidden, self.weight, labels, linear_bias=self.bias, softcap=self.softcap, logit_scale=self.logit_scale,
-                ignore_index=self.ignore_index, engine=self.engine,
+                ignore_index=self.ignore_index, grad_filter=self.grad_filter, engine=self.engine,
             )  # fmt: skip
         if labels is None:
             return self._output(hidden)

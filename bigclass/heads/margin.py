@@ -15,7 +15,7 @@ from bigclass.core.op import reduce_logits
 from bigclass.core.plan import ENGINES
 from bigclass.core.topk import TopK
 from bigclass.core.updates import SlabUpdate
-from bigclass.losses.inputs import check_linear, check_tensor
+from bigclass.losses.inputs import check_linear, check_tensor, filter_of
 from bigclass.losses.margin import KINDS, Cosines, Margin, MarginValue, check_layer, cosine_stream, linear_margin_loss
 from bigclass.losses.margin_folds import GroupedTopK
 
@@ -39,7 +39,7 @@ class MarginHead(nn.Module):
         margin: as in `linear_margin_loss`; None: 0.5, 0.4, (1, 0.3, 0.2); "adaface" 0.4, "curricular" 0.5.
         scale: of the cosines; 64 is the papers', of long trainings over many identities, a few thousand classes may want 16 to 32.
             Only the direction of a weight counts, so that its steps may be larger than a backbone's.
-        subcenters: K. beyond_pi, gradient, engine: as in `linear_margin_loss` ("adaface": always "clip").
+        subcenters: K. beyond_pi, gradient, grad_filter, engine: as in `linear_margin_loss` ("adaface": always "clip").
         ignore_index: rows with it contribute nothing, to running statistics either.
         h: concentration of "adaface". momentum: step of the running statistics of "adaface" and "curricular".
 
@@ -60,7 +60,7 @@ class MarginHead(nn.Module):
     def __init__(
         self, in_features: int, num_classes: int, *, kind: str = "arcface", margin: MarginValue | None = None, scale: float = 64.0,
         subcenters: int = 1, beyond_pi: str | None = None, gradient: str = "differentiated", ignore_index: int = -100, h: float = 0.333,
-        momentum: float = 0.01, engine: str = "auto", device=None, dtype=None,
+        momentum: float = 0.01, grad_filter: float | None = None, engine: str = "auto", device=None, dtype=None,
     ) -> None:  # fmt: skip
         super().__init__()
         for name, value in (("in_features", in_features), ("num_classes", num_classes), ("subcenters", subcenters)):
@@ -80,10 +80,11 @@ class MarginHead(nn.Module):
             raise ArgumentError(f"scale: expected a finite number > 0, got {scale!r}")
         if not h > 0.0 or not 0.0 <= momentum <= 1.0:
             raise ArgumentError(f"h, momentum: expected h > 0 and a momentum in [0, 1], got {h} and {momentum}")
+        filter_of(grad_filter)  # raises for what is no tolerance
         self.in_features, self.num_classes, self.subcenters = in_features, num_classes, subcenters
         self.kind, self.scale, self.beyond_pi, self.gradient = kind, float(scale), beyond_pi, gradient
         self.margin: Any = ({**KINDS, **ADAPTIVE})[kind] if margin is None else margin
-        self.ignore_index, self.h, self.momentum, self.engine = ignore_index, h, momentum, engine
+        self.ignore_index, self.h, self.momentum, self.grad_filter, self.engine = ignore_index, h, momentum, grad_filter, engine
         Margin.of("arcface" if kind in ADAPTIVE else kind, self.margin, beyond_pi, gradient)  # raises for what does not fit
         self.weight = nn.Parameter(torch.empty(num_classes * subcenters, in_features, device=device, dtype=dtype))
         for name in {"adaface": ("batch_mean", "batch_std"), "curricular": ("t",)}.get(kind, ()):
@@ -107,12 +108,12 @@ class MarginHead(nn.Module):
             return self._curricular(features, target, reduction, update)
         if self.kind == "adaface":
             margin = Margin.of("combined", self._adaptive(features, target), "clip", self.gradient, target)
-            cosines = Cosines.of(features, self.weight, target, self.scale, self.subcenters, self.ignore_index)
+            cosines = Cosines.of(features, self.weight, target, self.scale, self.subcenters, self.ignore_index, self.grad_filter)
             return cosines.loss(margin, None, reduction, self.engine, update)  # its margins, NaN where lengths are, are not the user's
         return linear_margin_loss(
             features, self.weight, target, kind=self.kind, margin=self.margin, logit_scale=self.scale, subcenters=self.subcenters,
             beyond_pi=self.beyond_pi, gradient=self.gradient, reduction=reduction, ignore_index=self.ignore_index,
-            update=update, engine=self.engine,
+            grad_filter=self.grad_filter, update=update, engine=self.engine,
         )  # fmt: skip
 
     def _adaptive(self, features: Tensor, target: Tensor) -> tuple[float, Tensor, Tensor]:
@@ -136,7 +137,7 @@ class MarginHead(nn.Module):
 
     def _curricular(self, features: Tensor, target: Tensor, reduction: str, update: SlabUpdate | None) -> Tensor:
         margin = Margin.of("arcface", self.margin, self.beyond_pi, self.gradient)
-        cosines = Cosines.of(features, self.weight, target, self.scale, 1, self.ignore_index)
+        cosines = Cosines.of(features, self.weight, target, self.scale, 1, self.ignore_index, self.grad_filter)
         if self.training:
             cos, keep = cosines.target, cosines.keep
             count = torch.ones_like(cos).sum() if keep is None else keep.sum()
@@ -180,7 +181,14 @@ class MarginHead(nn.Module):
     def extra_repr(self) -> str:
         parts = [f"in_features={self.in_features}", f"num_classes={self.num_classes}", f"kind={self.kind!r}", f"margin={self.margin}"]
         parts.append(f"scale={self.scale:g}")
-        usual = {"subcenters": 1, "beyond_pi": None, "gradient": "differentiated", "ignore_index": -100, "engine": "auto"}
+        usual = {
+            "subcenters": 1,
+            "beyond_pi": None,
+            "gradient": "differentiated",
+            "ignore_index": -100,
+            "grad_filter": None,
+            "engine": "auto",
+        }
         parts += [f"{name}={getattr(self, name)!r}" for name, value in usual.items() if getattr(self, name) != value]
         if self.kind in ADAPTIVE:
             parts += [f"momentum={self.momentum:g}"] + ([f"h={self.h:g}"] if self.kind == "adaface" else [])

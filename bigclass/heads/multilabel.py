@@ -33,6 +33,7 @@ class MultiLabelHead(LinearHead):
         prior: probability that a label is there, to which the bias is initialised: log(prior / (1 - prior)). Of a million labels with
             five a row (prior=5e-6) an ordinary bias, which calls half of them positive, would spend its first epochs unlearning that.
         label_smoothing: as in `linear_binary_cross_entropy`. softcap, logit_scale (a number), engine: as in `linear_cross_entropy`.
+        grad_filter: as in `linear_binary_cross_entropy`; of lazy logits, too, whatever criterion reads them.
         lazy: are logits lazy in training?
 
     Raises:
@@ -48,17 +49,18 @@ class MultiLabelHead(LinearHead):
     reduction: str = "batchmean"
     prior: float | None = None
     loss_options: dict[str, float] = {}  # noqa: RUF012  (replaced, never changed)
-    _OPTIONS = ("softcap", "logit_scale", "label_smoothing", "engine", "lazy")
+    _OPTIONS = ("softcap", "logit_scale", "label_smoothing", "grad_filter", "engine", "lazy")
     _OWN = ("objective", "reduction", "prior", "loss_options")
 
     def __init__(
         self, in_features: int, num_classes: int, bias: bool = True, device=None, dtype=None, *, loss: str = "bce",
         reduction: str = "batchmean", prior: float | None = None, label_smoothing: float = 0.0, softcap: float | None = None,
-        logit_scale: float | None = None, engine: str = "auto", lazy: bool = True, **options: Any,
+        logit_scale: float | None = None, grad_filter: float | None = None, engine: str = "auto", lazy: bool = True, **options: Any,
     ) -> None:  # fmt: skip
         super().__init__(
             in_features, num_classes, bias, device=device, dtype=dtype, loss=loss, reduction=reduction, prior=prior,
-            label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale, engine=engine, lazy=lazy, **options,
+            label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale, grad_filter=grad_filter, engine=engine, lazy=lazy,
+            **options,
         )  # fmt: skip
         self._reset_bias()
 
@@ -126,7 +128,7 @@ class MultiLabelHead(LinearHead):
         if positives is None:
             return self._output(features)
         check_linear(features, self.weight, self.bias)
-        stream = make_stream(features, self.weight, self.bias, self.softcap, self.logit_scale)
+        stream = make_stream(features, self.weight, self.bias, self.softcap, self.logit_scale, grad_filter=self.grad_filter)
         lead = features.shape[:-1]
         targets = read_positives(positives, lead, self.out_features, features.device)
         shared: dict[str, Any] = {

@@ -22,8 +22,8 @@ def convert_head(model: Model, **options: Any) -> Model:
     Args:
         model: a transformers model with output embeddings, PEFT's wrapper of one, or a timm model whose classifier is one linear layer.
             For a model of your own use `bigclass.CCEHead.adopt(model.classifier)` or `bigclass.LMHead.adopt(model.lm_head)`.
-        options: engine and lazy, as of the heads; for timm models softcap and logit_scale, too (a transformers model applies its own);
-            for transformers models whose loss is their `loss_function`: label_smoothing and z_loss.
+        options: grad_filter, engine and lazy, as of the heads; for timm models softcap and logit_scale, too (a transformers model applies
+            its own); for transformers models whose loss is their `loss_function`: label_smoothing and z_loss.
 
     Returns:
         The same model; converting it again changes the options, `bigclass.restore_head(model)` undoes all. `reset_classifier` and

@@ -46,7 +46,8 @@ class ClipLoss(_ClipLoss):
     """open_clip's `ClipLoss`, streamed: both softmaxes from one pass over the tiles.
 
     Attributes, of the class or of an object:
-        engine: "auto", "dense", "tiled" or "fused". exchange: "auto", "gather" or "ring" (`bigclass.contrastive_loss`).
+        engine: "auto", "dense", "tiled" or "fused". exchange: "auto", "gather" or "ring". grad_filter: None or a tolerance (the part of a
+            teacher stays exact). All as in `bigclass.contrastive_loss`.
 
     Raises, beside what `bigclass.contrastive_loss` does:
         ValueError: torch.distributed is not initialised, or knows another rank or world_size; ranks with different numbers of pairs in
@@ -61,6 +62,7 @@ class ClipLoss(_ClipLoss):
 
     engine: str = "auto"
     exchange: str = "auto"
+    grad_filter: float | None = None
 
     def forward(self, image_features, text_features, logit_scale, logit_bias=None, output_dict=False):
         if self._dense():
@@ -77,7 +79,7 @@ class ClipLoss(_ClipLoss):
 
     def _contrastive(self, images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         if self.world_size == 1:
-            return contrastive_loss(images, texts, scale, logit_bias=bias, engine=self.engine)
+            return contrastive_loss(images, texts, scale, logit_bias=bias, grad_filter=self.grad_filter, engine=self.engine)
         if self._constant_others():
             ranks = _ranks(self)
             sizes = _same_sizes(images, ranks)
@@ -85,7 +87,9 @@ class ClipLoss(_ClipLoss):
 
             def one_way(x: Tensor, w: Tensor) -> Tensor:
                 w = gather_rows(w.detach(), sizes, ranks).to(w.dtype)
-                return contrastive_loss(x, w, scale, logit_bias=bias, positives=positives, direction="image", engine=self.engine)
+                return contrastive_loss(
+                    x, w, scale, logit_bias=bias, positives=positives, direction="image", grad_filter=self.grad_filter, engine=self.engine
+                )
 
             return (one_way(images, texts) + one_way(texts, images)) / 2
         batch = _batch(self, images, texts, scale, bias, self.local_loss)
@@ -175,10 +179,13 @@ class SigLipLoss(_SigLipLoss):
 
     engine: str = "auto"
     exchange: str = "auto"
+    grad_filter: float | None = None
 
     def forward(self, image_features, text_features, logit_scale, logit_bias, output_dict=False):
         if self.world_size == 1:
-            loss = sigmoid_contrastive_loss(image_features, text_features, logit_scale, logit_bias, engine=self.engine)
+            loss = sigmoid_contrastive_loss(
+                image_features, text_features, logit_scale, logit_bias, grad_filter=self.grad_filter, engine=self.engine
+            )
         else:
             batch = _batch(self, image_features, text_features, logit_scale, logit_bias, True)
             loss = sigmoid_loss(batch, Means(local=True))
@@ -203,7 +210,8 @@ def _ranks(loss: Any) -> Ranks:
 
 def _batch(loss: Any, images: Tensor, texts: Tensor, scale: Any, bias: Any, local: bool) -> Batch:
     _ranks(loss)
-    batch = Batch.of(images, texts, scale, bias, None, None, None, "mean", dist.group.WORLD, loss.exchange, loss.engine, False)
+    batch = Batch.of(images, texts, scale, bias, None, None, None, "mean", dist.group.WORLD, loss.exchange, loss.engine, False,
+                     loss.grad_filter)  # fmt: skip
     if local:
         _check_same(batch.sizes)
     return batch

@@ -178,7 +178,7 @@ class LoraHead(_Streamed, LoraLinear):
                 bias = b.bias * alpha if bias is None else bias + b.bias * alpha
         if base.bias is not None:
             bias = base.bias if bias is None else base.bias + bias
-        return lazy_logits(x, base.weight, bias, base.maps, base.engine, pairs=pairs, class_scale=scale)
+        return lazy_logits(x, base.weight, bias, base.maps, base.engine, pairs=pairs, class_scale=scale, grad_filter=base.grad_filter)
 
     def _dropped(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
         """x (N, D) behind an adapter's dropout: cast and shaped as in PEFT, so that the same elements are dropped."""
@@ -207,7 +207,7 @@ class TokensHead(_Streamed, TrainableTokensWrapper):
             change = layer.trainable_tokens_delta[name].to(w).to(wide) - w[tokens].to(wide)
             indicator = torch.zeros(len(tokens), w.shape[0], dtype=wide, device=w.device).scatter_(1, tokens.unsqueeze(1), 1.0).t()
             pairs.append((adapter_features(rows, change), indicator))
-        return lazy_logits(x, w, base.bias, base.maps, base.engine, pairs=pairs)
+        return lazy_logits(x, w, base.bias, base.maps, base.engine, pairs=pairs, grad_filter=base.grad_filter)
 
 
 def _unmerged_where_disabled(layer: Any) -> Any:

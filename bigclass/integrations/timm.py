@@ -23,7 +23,7 @@ require("timm")
 
 from timm.data.mixup import FastCollateMixup, Mixup  # noqa: E402
 
-OPTIONS = ("softcap", "logit_scale", "engine", "lazy")
+OPTIONS = ("softcap", "logit_scale", "grad_filter", "engine", "lazy")
 
 
 def convert_head(model: Any, **options: Any) -> Any:

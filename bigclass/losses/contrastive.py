@@ -57,6 +57,7 @@ def contrastive_loss(
     group: Any = None,
     exchange: str = "auto",
     check_norms: bool = False,
+    grad_filter: float | None = None,
     engine: str = "auto",
 ) -> Tensor:
     """Symmetric InfoNCE, the loss of CLIP, without the matrix of logits.
@@ -82,6 +83,8 @@ def contrastive_loss(
             waiting, as in any collective.
         exchange: how ranks see each other's texts: "gather", "ring" (never holds them all), "auto" (by size).
         check_norms: raise for features whose length is not 1 within 1 %.
+        grad_filter: as in `linear_cross_entropy`, rows being images (texts for direction="text") and targets their positives; texts of
+            `ignore` count as such. With group= each rank's blocks of rows keep the promise over the texts of all ranks.
         engine: "auto", "dense", "tiled" or "fused".
 
     Returns:
@@ -98,7 +101,7 @@ def contrastive_loss(
     if direction not in DIRECTIONS:
         raise ArgumentError(f"direction: expected one of {DIRECTIONS}, got {direction!r}")
     batch = Batch.of(image_features, text_features, logit_scale, logit_bias, positives, ignore, hard_negatives, reduction, group, exchange,
-                     engine, check_norms)  # fmt: skip
+                     engine, check_norms, grad_filter)  # fmt: skip
     if reduction == "none" and direction == "both" and not batch.diagonal:
         raise ArgumentError("reduction: with positives= images and texts do not pair up; choose direction='image' or 'text' for 'none'")
     return softmax_loss(batch, direction)
@@ -117,13 +120,14 @@ def sigmoid_contrastive_loss(
     group: Any = None,
     exchange: str = "auto",
     check_norms: bool = False,
+    grad_filter: float | None = None,
     engine: str = "auto",
 ) -> Tensor:
     """The pairwise sigmoid loss of SigLIP, without the matrix of logits: every pair of an image and a text is a binary problem.
 
     Args:
-        image_features, text_features, logit_scale, positives, ignore, hard_negatives, group, exchange, check_norms, engine:
-            as in `contrastive_loss`. Texts that no image claims are negatives of all.
+        image_features, text_features, logit_scale, positives, ignore, hard_negatives, group, exchange, check_norms,
+            grad_filter, engine: as in `contrastive_loss`. Texts that no image claims are negatives of all.
         logit_bias: added to all logits, a number or a tensor of shape () or (1,), which gets its gradient. The paper begins at -10.
         reduction: "mean": the sum over pairs divided by the number of images (SigLIP's); "sum"; "none": (N,), each summed over texts.
 
@@ -133,7 +137,7 @@ def sigmoid_contrastive_loss(
         >>> loss = bigclass.sigmoid_contrastive_loss(image_features, text_features, log_scale.exp(), bias)
     """
     batch = Batch.of(image_features, text_features, logit_scale, logit_bias, positives, ignore, hard_negatives, reduction, group, exchange,
-                     engine, check_norms)  # fmt: skip
+                     engine, check_norms, grad_filter)  # fmt: skip
     return sigmoid_loss(batch)
 
 

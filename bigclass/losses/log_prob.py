@@ -27,6 +27,7 @@ def linear_logsumexp(
     softcap: float | None = None,
     logit_scale: float | Tensor | None = None,
     lora: Adapters | None = None,
+    grad_filter: float | None = None,
     engine: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""LSE_i = log sum_j exp(s_ij) over all classes and, if asked, the logits s at given classes. Both differentiable.
@@ -38,6 +39,8 @@ def linear_logsumexp(
         input: (..., D). linear_weight: (C, D). linear_bias: (C,).
         index: (..., K) or (...) class indices, int64 or int32; -1 picks nothing and returns 0.
         softcap, logit_scale, lora, engine: as in `linear_cross_entropy`.
+        grad_filter: as there; the targets are what `index` names. A loss that reads the logits at targets asks for them here, then, and not
+            elsewhere: beside a target's entry the rest of its row would pass for negligible.
 
     Returns:
         lse (...), fp32 (float64 for float64 inputs); with index: (lse, logits), the logits in index's shape.
@@ -54,7 +57,7 @@ def linear_logsumexp(
     if picks is not None and index is not None:
         check_range("index", picks, picks != -1, linear_weight.shape[0])
     pairs = adapter_pairs(input, linear_weight, lora)
-    stream = make_stream(input, linear_weight, linear_bias, softcap, logit_scale, pairs=pairs)
+    stream = make_stream(input, linear_weight, linear_bias, softcap, logit_scale, pairs=pairs, grad_filter=grad_filter)
     (state,), picked = reduce_logits(stream, picks, (LogSumExp(),), engine=engine)
     lse = log_sum_exp(state)
     lse = lse.masked_fill(state[0] == torch.inf, torch.inf).reshape(lead)
@@ -74,6 +77,7 @@ def linear_log_prob(
     logit_scale: float | Tensor | None = None,
     lora: Adapters | None = None,
     ignore_index: int = -100,
+    grad_filter: float | None = None,
     engine: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""log p(index) under softmax(s / temperature) and, if asked, the exact entropy. Both differentiable.
@@ -90,7 +94,7 @@ def linear_log_prob(
         return_entropy: also return the entropy of each row in nats, (...).
         ignore_index: where index has this value, log p is 0. A row without any other index contributes nothing, not even if it holds NaN,
             and its entropy is 0. (Where there is no index at all, K = 0, every row counts.)
-        softcap, logit_scale, lora, engine: as in `linear_cross_entropy`.
+        softcap, logit_scale, lora, grad_filter, engine: as in `linear_cross_entropy`.
 
     Returns:
         log-probabilities in index's shape, fp32 (float64 for float64 inputs); with return_entropy: (log-probabilities, entropy).
@@ -118,7 +122,7 @@ def linear_log_prob(
     repeats = None if picks.shape[1] == 1 else Repeats.of(picks)
     asked = picks if repeats is None else repeats.distinct
     pairs = adapter_pairs(input, linear_weight, lora)
-    stream = make_stream(input, linear_weight, linear_bias, softcap, logit_scale, float(temperature), pairs)
+    stream = make_stream(input, linear_weight, linear_bias, softcap, logit_scale, float(temperature), pairs, grad_filter)
     folds = (LogSumExp(exclude_picks=True), *((ShiftedMoment(),) if return_entropy else ()))
     states, picked = reduce_logits(stream, asked, folds, keep=keep, engine=engine)
     assert picked is not None
@@ -145,6 +149,7 @@ def linear_sequence_log_prob(
     linear_bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float | Tensor | None = None,
+    grad_filter: float | None = None,
     engine: str = "auto",
 ) -> Tensor:
     r"""log p of whole sequences, sum over t of log p(labels[t + shift] | position t). Differentiable; what DPO and its relatives compare.
@@ -156,7 +161,7 @@ def linear_sequence_log_prob(
         ignore_index: labels that do not count: the prompt, padding. Their rows contribute nothing, not even if they hold NaN.
         average: divide each sum by the number of its labels that count (as IPO and SimPO do).
         temperature: > 0; divides the (soft-capped) logits.
-        softcap, logit_scale, engine: as in `linear_cross_entropy`.
+        softcap, logit_scale, grad_filter, engine: as in `linear_cross_entropy`.
 
     Returns:
         (...), fp32 (float64 for float64 inputs). A sequence without a label that counts has 0, and no gradient.
@@ -178,7 +183,7 @@ def linear_sequence_log_prob(
         )
     logp = linear_log_prob(
         input, linear_weight, labels, shift=shift, temperature=temperature, linear_bias=linear_bias, softcap=softcap,
-        logit_scale=logit_scale, ignore_index=ignore_index, engine=engine,
+        logit_scale=logit_scale, ignore_index=ignore_index, grad_filter=grad_filter, engine=engine,
     )  # fmt: skip
     assert isinstance(logp, Tensor)
     total = logp.sum(-1)

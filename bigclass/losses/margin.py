@@ -35,7 +35,7 @@ from bigclass.core.row_losses import ROW_LOSSES, register_row_loss
 from bigclass.core.stream import Stream
 from bigclass.core.updates import SlabUpdate
 from bigclass.losses.cross_entropy import REDUCTIONS
-from bigclass.losses.inputs import check_index, check_linear, check_range, in_autocast, kept_picks, kept_rows
+from bigclass.losses.inputs import check_index, check_linear, check_range, filter_of, in_autocast, kept_picks, kept_rows
 from bigclass.losses.margin_folds import CurricularLogSumExp, GroupedLogSumExp
 
 # the margin (or margins) of each kind where none is given: those of the papers' code
@@ -60,6 +60,7 @@ def linear_margin_loss(
     curriculum: float | Tensor | None = None,
     reduction: str = "mean",
     ignore_index: int | None = None,
+    grad_filter: float | None = None,
     update: SlabUpdate | None = None,
     engine: str = "auto",
 ) -> Tensor:
@@ -89,7 +90,8 @@ def linear_margin_loss(
             cos (t + cos). Not with sub-centres.
         reduction: "mean" (over kept rows), "sum" or "none". ignore_index: rows with it contribute exactly nothing; None: -100.
         update: takes the weight's gradient slab by slab in the backward, as in `linear_binary_cross_entropy`: no C x D gradient.
-        engine: as in `linear_cross_entropy`.
+        grad_filter, engine: as in `linear_cross_entropy`. A class that a block of rows leaves out gets nothing from them, through its norm
+            either.
 
     Norms are clamped at 1e-12 as in `torch.nn.functional.normalize`. A class of zeros has cosine 0 with everything (and the gradient
     of that clamp, 1e12 long). Features of zeros are refused on a CPU (they have no angle); elsewhere, and in a traced graph, their
@@ -110,7 +112,7 @@ def linear_margin_loss(
     arXiv:1704.08063; Deng et al., "Sub-center ArcFace", ECCV 2020; Huang et al., "CurricularFace", arXiv:2004.00288.
     """
     chosen = Margin.of(kind, margin, beyond_pi, gradient, target)
-    cosines = Cosines.of(input, linear_weight, target, logit_scale, subcenters, ignore_index)
+    cosines = Cosines.of(input, linear_weight, target, logit_scale, subcenters, ignore_index, grad_filter)
     chosen.check_rows(cosines.keep)
     return cosines.loss(chosen, curriculum, reduction, engine, update)
 
@@ -237,7 +239,10 @@ class Cosines:
     scale: float
 
     @classmethod
-    def of(cls, input: Tensor, w: Tensor, target: Tensor, scale: float, subcenters: int, ignore_index: int | None) -> Cosines:
+    def of(
+        cls, input: Tensor, w: Tensor, target: Tensor, scale: float, subcenters: int, ignore_index: int | None,
+        grad_filter: float | None = None,
+    ) -> Cosines:  # fmt: skip
         """Check and normalise what `linear_margin_loss` was given."""
         check_layer(input, w, scale, subcenters)
         ignored = -100 if ignore_index is None else ignore_index
@@ -259,7 +264,7 @@ class Cosines:
             cosines = target_cosines(x.detach(), w.detach(), picks)
             best, at = cosines.max(1, keepdim=True)
         nearest = torch.zeros_like(cosines).scatter(1, at, 1.0)
-        return cls(cosine_stream(x, w, scale), picks, keep, best.squeeze(1), nearest, target.shape, float(scale))
+        return cls(cosine_stream(x, w, scale, grad_filter), picks, keep, best.squeeze(1), nearest, target.shape, float(scale))
 
     def loss(
         self, margin: Margin, curriculum: float | Tensor | None, reduction: str, engine: str, update: SlabUpdate | None = None
@@ -332,14 +337,17 @@ def check_directions(x: Tensor, keep: Tensor | None) -> None:
         raise ArgumentError(f"input: expected features with a direction, got zeros only in row {int(lost.nonzero()[0])}")
 
 
-def cosine_stream(x: Tensor, w: Tensor, scale: float) -> Stream:
+def cosine_stream(x: Tensor, w: Tensor, scale: float, grad_filter: float | None = None) -> Stream:
     """The stream of scale cos_ij for x (N, D), w (C, D): x is normalised in fp32 and stays so up to its product, w nowhere."""
     device = x.device.type
     narrow = torch.get_autocast_dtype(device) if in_autocast(device) else torch.promote_types(x.dtype, w.dtype)
     with autocast_off(x.device):
         unit = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1, eps=EPSILON)
     compute = narrow if narrow.itemsize == 2 else None
-    return Stream(((unit, w),), class_scale=inverse_norms(w), normalized=True, scale=float(scale), compute_dtype=compute)
+    return Stream(
+        ((unit, w),), class_scale=inverse_norms(w), normalized=True, scale=float(scale), compute_dtype=compute,
+        grad_filter=filter_of(grad_filter),
+    )  # fmt: skip
 
 
 @register_row_loss("margin")

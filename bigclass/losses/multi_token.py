@@ -45,6 +45,7 @@ def linear_multi_token_cross_entropy(
     softcap: float | None = None,
     logit_scale: float | Tensor | None = None,
     z_loss: float = 0.0,
+    grad_filter: float | None = None,
     engine: str = "auto",
     return_losses: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -62,7 +63,7 @@ def linear_multi_token_cross_entropy(
         shifts: K >= 1 integers >= 0.
         loss_weights: K factors a_k; None: 1 each.
         linear_bias: (C,), or a sequence of K of them.
-        ignore_index, label_smoothing, softcap, logit_scale, z_loss, engine: as in `linear_cross_entropy`.
+        ignore_index, label_smoothing, softcap, logit_scale, z_loss, grad_filter, engine: as in `linear_cross_entropy`.
         return_losses: also return the K means, which costs one more forward pass (2 on 6 parts of work) where the weight is shared.
 
     Returns:
@@ -91,7 +92,7 @@ def linear_multi_token_cross_entropy(
     options = Options(None, label_smoothing, z_loss, 0.0, ignored, engine)
     if len(weights) == len(biases) == 1:
         x = sets[0] if len(sets) == 1 else input if isinstance(input, Tensor) else torch.stack(sets)
-        stream = make_stream(x, weights[0], biases[0], softcap, logit_scale)
+        stream = make_stream(x, weights[0], biases[0], softcap, logit_scale, grad_filter=grad_filter)
         check_range("target", labels, used, stream.shape[1])
         share = _shares(used, stream)
         scaled = torch.stack([a * s for a, s in zip(factors, share, strict=True)])
@@ -104,7 +105,7 @@ def linear_multi_token_cross_entropy(
             return loss, (rows.sum(1, dtype=share.dtype) * share).to(loss.dtype)
     losses = []
     for (x, w, b), y, there in zip(_together(sets, weights, biases), labels, used, strict=True):
-        stream = make_stream(x, w, b, softcap, logit_scale)
+        stream = make_stream(x, w, b, softcap, logit_scale, grad_filter=grad_filter)
         check_range("target", y, there, stream.shape[1])
         losses.append(weighted(Task(stream, y, options), _shares(there, stream).expand(len(y))))
     loss = torch.stack([part if a == 1.0 else a * part for a, part in zip(factors, losses, strict=True)]).sum()

@@ -47,6 +47,7 @@ def linear_binary_cross_entropy(
     softcap: float | None = None,
     logit_scale: float | Tensor | None = None,
     return_topk: int = 0,
+    grad_filter: float | None = None,
     update: SlabUpdate | None = None,
     engine: str = "auto",
 ) -> Any:
@@ -72,6 +73,8 @@ def linear_binary_cross_entropy(
         softcap, logit_scale: as in `linear_cross_entropy`.
         return_topk: k > 0 also returns the k largest logits and their classes, from the same pass (for precision at k while training).
             Top-k has no Triton form: engine="fused" raises, and "auto" takes the tiled engine.
+        grad_filter: as in `linear_cross_entropy`, the positives being the targets. Sparse ones: a dense target is refused, for beside the
+            entries of its positives, which cannot be told from others, all else would pass for negligible.
         update: a `bigclass.optim.SlabOptimizer` that holds linear_weight, or a `GradAccumulator`: takes the weight's gradient slab by slab
             in the backward (8NCD flops), so that no C x D gradient is returned. Any backward through the loss takes the step, even one
             that asks for the features' gradient alone. One rank, and outside a traced graph.
@@ -92,7 +95,7 @@ def linear_binary_cross_entropy(
     return linear_elementwise_loss(
         input, linear_weight, positives, loss="bce", linear_bias=linear_bias, weight=weight, pos_weight=pos_weight,
         label_smoothing=label_smoothing, reduction=reduction, softcap=softcap, logit_scale=logit_scale, return_topk=return_topk,
-        update=update, engine=engine,
+        grad_filter=grad_filter, update=update, engine=engine,
     )  # fmt: skip
 
 
@@ -198,6 +201,7 @@ def linear_elementwise_loss(
     softcap: float | None = None,
     logit_scale: float | Tensor | None = None,
     return_topk: int = 0,
+    grad_filter: float | None = None,
     update: SlabUpdate | None = None,
     engine: str = "auto",
     **options: float | None,
@@ -215,7 +219,7 @@ def linear_elementwise_loss(
     Example:
         >>> loss = bigclass.linear_elementwise_loss(x, w, positives, loss="squared_hinge", margin=0.5)
     """
-    stream, targets = _inputs(input, linear_weight, positives, linear_bias, softcap, logit_scale)
+    stream, targets = _inputs(input, linear_weight, positives, linear_bias, softcap, logit_scale, grad_filter)
     return streamed_loss(
         stream, input.shape[:-1], targets, loss, options, weight=weight, pos_weight=pos_weight, label_smoothing=label_smoothing,
         reduction=reduction, return_topk=return_topk, update=update, engine=engine,
@@ -232,6 +236,7 @@ def linear_zlpr_loss(
     softcap: float | None = None,
     logit_scale: float | Tensor | None = None,
     return_topk: int = 0,
+    grad_filter: float | None = None,
     update: SlabUpdate | None = None,
     engine: str = "auto",
 ) -> Any:
@@ -249,13 +254,15 @@ def linear_zlpr_loss(
 
     Su et al., "ZLPR: A Novel Loss for Multi-label Classification", arXiv:2208.02955, equation 6.
     """
-    stream, targets = _inputs(input, linear_weight, positives, linear_bias, softcap, logit_scale)
+    stream, targets = _inputs(input, linear_weight, positives, linear_bias, softcap, logit_scale, grad_filter)
     return zlpr_loss(stream, input.shape[:-1], targets, reduction=reduction, return_topk=return_topk, update=update, engine=engine)
 
 
-def _inputs(input: Tensor, linear_weight: Tensor, positives: Any, linear_bias, softcap, logit_scale) -> tuple[Stream, Positives | Tensor]:
+def _inputs(
+    input: Tensor, linear_weight: Tensor, positives: Any, linear_bias, softcap, logit_scale, grad_filter
+) -> tuple[Stream, Positives | Tensor]:
     check_linear(input, linear_weight, linear_bias)
-    stream = make_stream(input, linear_weight, linear_bias, softcap, logit_scale)
+    stream = make_stream(input, linear_weight, linear_bias, softcap, logit_scale, grad_filter=grad_filter)
     return stream, read_positives(positives, input.shape[:-1], linear_weight.shape[0], input.device)
 
 

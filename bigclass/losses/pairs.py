@@ -14,7 +14,7 @@ from bigclass.core.folds import Fold, State
 from bigclass.core.op import reduce_logits, spread_engine
 from bigclass.core.plan import settings
 from bigclass.core.stream import Stream
-from bigclass.losses.inputs import INDEX_DTYPES, check_range, check_scale, check_tensor, in_autocast
+from bigclass.losses.inputs import INDEX_DTYPES, check_range, check_scale, check_tensor, filter_of, in_autocast
 from bigclass.losses.positives import read_positives, repeated
 from bigclass.parallel.collectives import replicated, row_counts, scaled_gradient, sum_over
 from bigclass.parallel.groups import Ranks
@@ -63,7 +63,7 @@ class Batch:
 
     @classmethod
     def of(cls, image_features, text_features, logit_scale, logit_bias, positives, ignore, hard_negatives, reduction, group, exchange,
-           engine, check_norms) -> Batch:  # fmt: skip
+           engine, check_norms, grad_filter=None) -> Batch:  # fmt: skip
         """From a user's arguments, checked."""
         if reduction not in ("mean", "sum", "none"):
             raise ArgumentError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
@@ -107,8 +107,9 @@ class Batch:
         compute = torch.get_autocast_dtype(device.type) if in_autocast(device.type) else None
         tensor = logit_scale if isinstance(logit_scale, Tensor) else None
         stream = Stream(
-            ((image_features, texts),), scale=1.0 if tensor is not None else float(logit_scale), scale_tensor=tensor, compute_dtype=compute
-        )
+            ((image_features, texts),), scale=1.0 if tensor is not None else float(logit_scale), scale_tensor=tensor,
+            compute_dtype=compute, grad_filter=filter_of(grad_filter),
+        )  # fmt: skip
         return cls(stream, logit_bias, picks, count, positives is None, ranks, sizes, images, reduction, exchange, engine)
 
     @property

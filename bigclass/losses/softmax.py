@@ -32,7 +32,7 @@ from torch import Tensor
 
 from bigclass.core.folds import Dot, Fold, LogSumExp, State, Total, log_sum, log_sum_exp
 from bigclass.core.guards import autocast_off
-from bigclass.core.op import observed_loss, reduce_logits
+from bigclass.core.op import empty_report, observed_loss, reduce_logits
 from bigclass.core.problem import beside
 from bigclass.core.row_losses import ROW_LOSSES, register_row_loss
 from bigclass.core.stream import Stream
@@ -47,13 +47,15 @@ class Stats(NamedTuple):
     """What `return_stats=True` adds to the loss; row-wise fields have the shape of `reduction="none"`.
 
     lse: log-sum-exp of each row's logits, differentiable, 0 where ignored. correct: does the target have the largest logit?
-    kept_share: share of the gradient's columns that were computed. promised_error: bound on what was dropped. Exact: 1 and 0.
+    kept_share, promised_error: of `grad_filter`, for logging: the share of the gradient's columns (of a block of rows each) whose products
+    were made, and the largest ||G' left out|| / ||G'|| of a block. 1.0 and 0.0 without a filter; with one 0-dim tensors that are NaN until
+    the backward fills them in (another backward anew).
     """
 
     lse: Tensor
     correct: Tensor
-    kept_share: float = 1.0
-    promised_error: float = 0.0
+    kept_share: float | Tensor = 1.0
+    promised_error: float | Tensor = 0.0
 
 
 def certain_is_nan(s: Tensor) -> Tensor:
@@ -175,7 +177,7 @@ def finish(tasks: list[Task], shape, reduction: str, return_stats: bool):
     if not return_stats:
         return loss
     stats = [s for _, s in outs if s is not None]
-    return loss, Stats(_join([s.lse for s in stats], shape), _join([s.correct for s in stats], shape))
+    return loss, stats[0]._replace(lse=_join([s.lse for s in stats], shape), correct=_join([s.correct for s in stats], shape))
 
 
 def _inverse(mass: float | Tensor) -> float | Tensor:
@@ -302,7 +304,8 @@ def _run(
         return loss, None
     by_probability = p.picks is None
     folds = (*p.folds, TopK((1,))) if by_probability and return_stats else p.folds
-    states, picked = reduce_logits(stream, p.picks, folds, keep=p.keep, engine=options.engine)
+    report = empty_report(stream) if return_stats and stream.grad_filter else None
+    states, picked = reduce_logits(stream, p.picks, folds, keep=p.keep, engine=options.engine, report=report)
     loss = ROW_LOSSES[p.row_loss](states[: len(p.folds)], picked, args, p.numbers)
     lse = log_sum_exp(states[0])
     if picked is not None:
@@ -319,7 +322,7 @@ def _run(
         loss, lse = torch.where(p.keep, loss, 0.0), torch.where(p.keep, lse, 0.0)
         correct = correct & p.keep
     loss = (loss if rowwise else loss.sum()).to(stream.accumulate_dtype)
-    return loss, Stats(lse, correct)
+    return loss, Stats(lse, correct) if report is None else Stats(lse, correct, report[0], report[1])
 
 
 def _rows(factor: float | Tensor, stream: Stream) -> Tensor:

@@ -208,6 +208,6 @@ def stream_loss(
 
 def kept_values(maker: TileMaker, z: Tensor, again: bool = False) -> list[Tensor]:
     """The values along the maps for a kept tile: where maps act in place, the second reading must not act again."""
-    if maker.in_place:
+    if maker.in_place and not maker.keeps_z:
         return [z] * (1 + len(maker.stream.maps)) if again else maker.bend(z, keep_inputs=False)
     return maker.bend(z, keep_inputs=True)

@@ -38,7 +38,7 @@ from bigclass.heads.lazy.axes import Axes
 from bigclass.heads.lazy.base import Lazy, dense_call, plain_number, result_dtype
 from bigclass.heads.lazy.shapes import axis
 from bigclass.losses.cross_entropy import cross_entropy
-from bigclass.losses.inputs import check_linear, checked_picks, in_autocast
+from bigclass.losses.inputs import check_linear, checked_picks, filter_of, in_autocast
 from bigclass.losses.targets import SparseTarget
 
 
@@ -375,11 +375,11 @@ class LazyLogits(Axes):
 
 def lazy_logits(
     features: Tensor, weight: Tensor, bias: Tensor | None, maps: tuple = (), engine: str = "auto", *,
-    pairs: Sequence[tuple[Tensor, Tensor]] = (), class_scale: Tensor | None = None,
+    pairs: Sequence[tuple[Tensor, Tensor]] = (), class_scale: Tensor | None = None, grad_filter: float | None = None,
 ) -> LazyLogits:  # fmt: skip
     """The logits maps(class_scale * (features weight^T + pairs) + bias) of features (..., D), not yet made.
 
-    pairs: more operands, u (N, R) and v (C, R) each, as adapters have. class_scale: (C,)."""
+    pairs: more operands, u (N, R) and v (C, R) each, as adapters have. class_scale: (C,). grad_filter: as in `linear_cross_entropy`."""
     check_linear(features, weight, bias)
     device = features.device.type
     compute = torch.get_autocast_dtype(device) if in_autocast(device) else None
@@ -390,7 +390,7 @@ def lazy_logits(
     b = None if bias is None else bias.view_as(bias)
     x = features.reshape(-1, features.shape[-1])
     own = ((x, weight.view_as(weight)), *[(u, v.view_as(v)) for u, v in pairs])
-    stream = Stream(own, bias=b, class_scale=class_scale, maps=maps, compute_dtype=compute)
+    stream = Stream(own, bias=b, class_scale=class_scale, maps=maps, compute_dtype=compute, grad_filter=filter_of(grad_filter))
     versions = None if torch.compiler.is_compiling() else _versions(stream)
     return LazyLogits(stream, tuple(features.shape[:-1]), dtype, engine, False, versions)
 
@@ -426,6 +426,7 @@ class _Recipe:
     scale: float
     maps: tuple[tuple[type, tuple[float, ...], int], ...]
     compute_dtype: torch.dtype | None
+    grad_filter: float
     lead: tuple[int, ...]
     dtype: torch.dtype
     engine: str
@@ -437,7 +438,7 @@ class _Recipe:
         pairs = tuple((next(rest), next(rest)) for _ in range(self.pairs))
         bias, class_scale, given, scale_tensor = (next(rest) if there else None for there in self.optional)
         maps = tuple(cls(numbers, tuple(next(rest) for _ in range(count))) for cls, numbers, count in self.maps)
-        stream = Stream(pairs, bias, class_scale, given, self.scale, scale_tensor, maps, self.compute_dtype)
+        stream = Stream(pairs, bias, class_scale, given, self.scale, scale_tensor, maps, self.compute_dtype, grad_filter=self.grad_filter)
         return LazyLogits(stream, self.lead, self.dtype, self.engine, self.class_first, _versions(stream) if self.versioned else None)
 
 
@@ -446,7 +447,7 @@ def _flatten(lazy: LazyLogits):
     optional = tuple(t is not None for t in (s.bias, s.class_scale, s.given, s.scale_tensor))
     maps = tuple((type(m), m.numbers, len(m.tensors)) for m in s.maps)
     recipe = _Recipe(
-        len(s.pairs), optional, s.scale, maps, s.compute_dtype, lazy.lead, lazy.dtype, lazy.engine, lazy.class_first,
+        len(s.pairs), optional, s.scale, maps, s.compute_dtype, s.grad_filter, lazy.lead, lazy.dtype, lazy.engine, lazy.class_first,
         lazy.versions is not None,
     )  # fmt: skip
     return s.tensors, recipe
