@@ -21,12 +21,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-FILTER_ROWS = 128  # rows of a block, on which columns are kept or dropped together (benchmarks/filter_study.py: fewer keep less and multiply worse)
+FILTER_ROWS = (
+    128  # rows of a block, on which columns are kept or dropped together (benchmarks/filter_study.py: fewer keep less and multiply worse)
+)
+FILTER_BAND = 4096  # the same on the fused engine, at most: rows enough for products to run at their rate (not measured on a GPU)
 MOST = 0.6  # share of the columns above which a block runs in full
 SLACK = 0.999  # of the squared norm that may be spent: the rest is for rounding
 
 # Bits of a norm by which the CPU sorts it into bins: the exponent and 6 (5) of the mantissa.
 _BINS = {torch.float32: (torch.int32, 17), torch.float64: (torch.int64, 47)}
+
+_PARTS = 1 << 36  # of a budget: 2^26 columns of more than it do not overflow, and what rounding up wastes of it is 2^-36 a column
 
 
 class ColumnFilter:
@@ -71,9 +76,13 @@ def exact_report(like: Tensor) -> Tensor:
 
 
 def _kept(norms: Tensor, budget: Tensor) -> Tensor:
-    """All but the smallest whose sum is within the budget (b,); for a negative one, all. Nothing is read on the host."""
-    ordered, order = norms.sort(1)
-    dropped = ordered.cumsum(1, dtype=budget.dtype) <= budget.unsqueeze(1)
+    """All but the smallest whose sum is within the budget (b,); for a negative one, all. Nothing is read on the host.
+
+    Sums are of whole parts of the budget, rounded up: those of floats would depend on the order in which a GPU happens to add them."""
+    ordered, order = norms.sort(1, stable=True)
+    share = ordered / budget.clamp_min(torch.finfo(budget.dtype).tiny).unsqueeze(1)
+    parts = (share * _PARTS).ceil_().clamp_(max=_PARTS + 1).long()
+    dropped = (parts.cumsum(1) <= _PARTS) & (budget >= 0.0).unsqueeze(1)
     return torch.ones_like(dropped).scatter_(1, order, ~dropped)
 
 

@@ -276,6 +276,12 @@ class Sink:
             if total is not None:
                 total[at].zero_()
 
+    def open_products(self, sums: list[Tensor | None], r: Span, first_rows: bool, first_classes: bool) -> list[Tensor | None]:
+        """The sums of dx at rows r, to which products may only add: where they, or the sums of dw, are still empty they are zeroed."""
+        self._begin(True, sums, r, first_rows, first_classes)
+        start = self._span.start
+        return [None if total is None else total[r.start - start : r.stop - start] for total in self._dx_sum]
+
     def _multiply(
         self, g: Tensor, xs: list[Tensor], ws: list[Tensor], sums: list[Tensor | None], r: Span, c: Span,
         live: Tensor | None, first_rows: bool, first_classes: bool,

@@ -59,6 +59,25 @@ def fused_reason(stream: Stream, folds: Sequence[Fold]) -> str | None:
     return next((reason for reason in reasons if reason is not None), None)
 
 
+def filter_reason(stream: Stream, needs: Sequence[bool]) -> str | None:
+    """Why the fused engine's gradient is exact though the stream has a filter, or None if it acts.
+
+    needs: which of the stream's tensors (in their order) want a gradient."""
+    of_pairs = 2 * len(stream.pairs)
+    flag = iter(needs[of_pairs:])
+    optional = (stream.bias, stream.class_scale, stream.given, stream.scale_tensor)
+    _, _, given, scale = [t is not None and next(flag) for t in optional]
+    if not any(needs[:of_pairs]):
+        return "no product of the gradient is wanted"
+    if stream.class_scale is not None:
+        return "a class scale stands between the gradient of a logit and its two products"
+    if given:
+        return "a given N x C tensor gets a gradient"
+    if scale:
+        return "the gradient of a learnable scale is read off the products"
+    return None
+
+
 def form_reason(maps: Sequence[Map], folds: Sequence[Fold]) -> str | None:
     """Which map or fold lacks a Triton form, or None."""
     for m in maps:
