@@ -79,7 +79,7 @@ def _kept(norms: Tensor, budget: Tensor) -> Tensor:
     """All but the smallest whose sum is within the budget (b,); for a negative one, all. Nothing is read on the host.
 
     Sums are of whole parts of the budget, rounded up: those of floats would depend on the order in which a GPU happens to add them."""
-    ordered, order = norms.sort(1, stable=True)
+    ordered, order = norms.sort(dim=1, stable=True)
     share = ordered / budget.clamp_min(torch.finfo(budget.dtype).tiny).unsqueeze(1)
     parts = (share * _PARTS).ceil_().clamp_(max=_PARTS + 1).long()
     dropped = (parts.cumsum(1) <= _PARTS) & (budget >= 0.0).unsqueeze(1)
