@@ -163,7 +163,7 @@ class Work:
     device: the device's type. not_fused: why the fused engine cannot take it; None: it can.
     For that engine: narrow: are products of a 16-bit type (not if one operand is wide)? masked: are rows left out? cast: is an operand
     cast for its product? laid_out: bytes of N x C tensors that it copies, for their classes do not lie side by side.
-    group: adjacent classes that no cut may part (`Fold.group`).
+    group: adjacent classes that no cut may part (`Fold.group`). filtered: does the certified filter act on gradients?
     """
 
     n: int
@@ -182,6 +182,7 @@ class Work:
     cast: bool = False
     laid_out: int = 0
     group: int = 1
+    filtered: bool = False
 
     def of(self, table: dict[str, int]) -> int:
         """This device's entry of a table."""

@@ -132,6 +132,7 @@ def work_of(stream: Stream, folds: Sequence[Fold], keep: Tensor | None, *, scala
         cast=any(t.dtype != dtype for pair, dtype in zip(stream.pairs, products, strict=True) for t in pair),
         laid_out=sum(t.numel() * t.element_size() for t in grids(stream, folds) if t.stride(1) != 1),
         group=math.lcm(*[f.group for f in folds]),
+        filtered=stream.grad_filter > 0.0 and grad,
     )
 
 
