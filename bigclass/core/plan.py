@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from bigclass.core.engines.filter import FILTER_BAND
 from bigclass.core.engines.support import device_reason, form_reason
 from bigclass.core.errors import ArgumentError
 from bigclass.core.folds import FOLDS, Fold, LogSumExp, Total
@@ -373,10 +374,14 @@ def make_pair_plan(work: Work, name: str, options: Settings | None = None) -> Pl
 def _fused_plan(work: Work, gradients: str, options: Settings, why: list[str]) -> Plan:
     """Chunks of rows ("forward") or slabs of classes ("recompute") of the fused engine. Its register tiles: engines/fused/launch.py."""
     n, c, d, item = max(work.n, 1), max(work.c, 1), work.d, 2 if work.narrow else 4
-    budget = _workspace(work, options)
+    band = min(n, FILTER_BAND)
+    spare = 256 * band * item * work.filtered  # the kept columns, of which a block is multiplied whole
+    beside, budget = work.laid_out + spare, max(_workspace(work, options) - spare, 0)
     # bytes for each row: x masked or cast, and the fp32 sum of dx; for each class: w cast, and ("recompute") the fp32 sum of dw
     of_row = d * item * (work.masked or work.cast) + d * 4 * (work.half and work.grad)
     of_class = d * item * work.cast
+    if work.filtered:  # of a slab of G: its kept columns, their norms and their choice (engines/fused/filtered.py)
+        of_class += band * item + -(-n // 128) * 4 + -(-n // FILTER_BAND) * 100
     if gradients == "forward":
         # a slab of G beside the kept logits: as wide as an eighth of the budget
         fit = max((budget - budget // 8) // (c * 4 + of_row), 1)
@@ -388,7 +393,7 @@ def _fused_plan(work: Work, gradients: str, options: Settings, why: list[str]) -
         why.append(f"{chunk} whole rows of logits fit the workspace: gradients come with the loss, 3 passes instead of 4")
         if work.half:
             why.append("dw stays fp32 until the upstream gradient arrives (one C x D fp32 buffer)")
-        return Plan("fused", gradients, chunk, chunk, class_block, size + work.laid_out, tuple(why))
+        return Plan("fused", gradients, chunk, chunk, class_block, size + beside, tuple(why))
     if gradients == "slabs":
         # logits of a slab in fp32 and its G, for all rows
         class_block = _even(c, max(min(SLAB_ELEMENTS // n, budget // (n * (4 + item) + of_class)), 256))
@@ -396,11 +401,11 @@ def _fused_plan(work: Work, gradients: str, options: Settings, why: list[str]) -
         why.append("a sum over classes: gradients come with each slab of classes, 3 passes instead of 4")
         if work.half:
             why.append("dw stays fp32 until the upstream gradient arrives (one C x D fp32 buffer)")
-        return Plan("fused", gradients, 0, n, class_block, size + work.laid_out, tuple(why))
+        return Plan("fused", gradients, 0, n, class_block, size + beside, tuple(why))
     if gradients == "none":
         why.append("no gradients wanted: one pass, logits in registers only")
         class_block = _even(c, max(budget // 2 // (item * d), 256), work.group)  # of a weight that must be cast
-        return Plan("fused", gradients, 0, n, class_block, n * (64 + of_row) + class_block * of_class + work.laid_out, tuple(why))
+        return Plan("fused", gradients, 0, n, class_block, n * (64 + of_row) + class_block * of_class + beside, tuple(why))
     of_class += d * 4 * work.half
     class_block = _even(c, max(min(SLAB_ELEMENTS // n, budget // 2 // (n * item + of_class)), 256), work.group)
     if not work.scalar:
@@ -411,7 +416,7 @@ def _fused_plan(work: Work, gradients: str, options: Settings, why: list[str]) -
         why.append(f"under {work.of(MIN_CHUNK_ROWS)} whole rows of {c} logits fit the workspace: the backward makes logits again, 4 passes")
     why.append(f"G of {class_block} classes at a time, in the type of the products")
     size = n * of_row + class_block * (n * item + of_class)
-    return Plan("fused", gradients, 0, n, class_block, size + work.laid_out, tuple(why))
+    return Plan("fused", gradients, 0, n, class_block, size + beside, tuple(why))
 
 
 def _even(total: int, most: int, group: int = 1) -> int:
