@@ -219,7 +219,8 @@ def compile_recipe(recipe: Recipe, dtype: torch.dtype, features: int, arch: str)
     keep, boost = torch.empty(n, dtype=torch.uint8), 256.0 if recipe.stored else 1.0
     with launch.compiling_for(arch) as compiled:
         problem.fold(at_picks)
-        problem.gradient(states, grads, at_picks, keep, torch.empty(n, c, dtype=dtype), boost)
+        g = torch.empty(n, c, dtype=dtype)
+        problem.add_picks(at_picks, problem.gradient(states, grads, keep, g, boost), g, boost)
         return list(compiled)
 
 

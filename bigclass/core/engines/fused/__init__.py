@@ -9,6 +9,7 @@
 
 Memory: reduce: 4 bytes x states x N x splits. reduce_backward: a slab of G, and dx in fp32 (N x D) for half types. stream_loss: a chunk of
 logits, a slab of G and, for half types, dw in fp32. One program writes each G and each sum is made in one order: same bits every run.
+Where the stream has a filter the two products of G are of the columns that it keeps (filtered.py).
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigclass.core.engines.fused import compose, kernels, launch
+from bigclass.core.engines.filter import ColumnFilter
+from bigclass.core.engines.fused import compose, filtered, kernels, launch
 from bigclass.core.engines.sink import OnSlab, Sink
 from bigclass.core.engines.support import interpreting
 from bigclass.core.engines.tiles import Rows, Span, TileMaker, product, spans
@@ -190,12 +192,11 @@ class Problem:
         return [like.new_empty((count, n), dtype=torch.float32) for _ in range(parts)]
 
     def gradient(
-        self, states: Sequence[State], grads: Sequence[Sequence[Tensor | None]], h: Tensor | None, keep: Tensor | None,
-        out: Tensor, boost: float,
-    ) -> None:  # fmt: skip
-        """out (N, C) = boost dL/dz.
+        self, states: Sequence[State], grads: Sequence[Sequence[Tensor | None]], keep: Tensor | None, out: Tensor, boost: float
+    ) -> Tensor | None:
+        """out (N, C) = boost dL/dz but for the picks, whose entries mean nothing yet. What the folds gave there, for `add_picks`.
 
-        states, grads: of each fold, flat vectors. h: (N, K) in the picks' order, 0 where a row does not count.
+        states, grads: of each fold, flat vectors.
         """
         active = [any(g is not None for g in parts) for parts in grads]
         excluded = [f.exclude_picks for f, there in zip(self.folds, active, strict=True) if there]
@@ -209,7 +210,6 @@ class Problem:
         made = compose.composition(self.stream.maps, [compose.part_of(f, there) for f, there in zip(self.folds, active, strict=True)])
         pointers, numbers_of, constants, filler = self._shared(config)
         tensors, numbers = self._parameters()
-        own = list(tensors)
         for f, state, parts, there in zip(self.folds, states, grads, active, strict=True):
             if there:
                 tensors += [t.contiguous() for t in state]
@@ -227,16 +227,22 @@ class Problem:
                          "BOOSTED": boost != 1.0, "TMA_OUT": tma_out},
             config,
         )  # fmt: skip
+        return base
+
+    def add_picks(self, h: Tensor | None, base: Tensor | None, out: Tensor, boost: float) -> None:
+        """The picks' entries of out (N, C). h: (N, K) in the picks' order, 0 where a row does not count. base: of `gradient`."""
         if self.k == 0:
             return
         if h is None:
             h = out.new_zeros((self.n, self.k), dtype=torch.float32)
+        made = compose.composition(self.stream.maps, [])
         pointers, numbers_of, constants, filler = self._shared(launch.ROWS)
+        tensors, numbers = self._parameters()
         launch.start(
             kernels.add_picks,
             -(-self.n // launch.ROWS.BM),
-            device,
-            [*pointers, self.picks, h, base, _tuple(own, filler), out, self.stream.scale, boost, _tuple(numbers, 0.0), self.class_base,
+            self.stream.device,
+            [*pointers, self.picks, h, base, _tuple(tensors, filler), out, self.stream.scale, boost, _tuple(numbers, 0.0), self.class_base,
              self.n, self.c, self.k, *numbers_of, out.stride(0)],
             {"MAP_BACK": made.map_back, "HAS_MAPS": bool(self.stream.maps),
              "BLOCK": launch.ROWS.BM, "BK": launch.ROWS.BK, "SCALED": constants["SCALED"], "BIAS_LAST": constants["BIAS_LAST"],
@@ -309,6 +315,7 @@ def reduce_backward(
     source = _Source(stream, picks, folds, keep)
     maker, n = source.maker, stream.shape[0]
     sink = Sink(maker, folds, needs, keep_wide=keep_wide, whole=False, on_slab=on_slab, filtered=False)
+    sink.filter = source.make_filter(needs)
     everything = Span(0, n)
     if n == 0:
         sink.no_rows()
@@ -320,8 +327,8 @@ def reduce_backward(
     for c in spans(maker.c, plan.class_block):
         sums = sink.open_slab(c)
         ws = source.weights(c)
-        g = source.gradient(everything, c, list(zip(operands, ws, strict=True)), up, None, sink.boost)
-        sink.add(g, None, xs, source.of_products(ws), sums, everything, c, first_rows=True, first_classes=c.start == 0)
+        pairs = list(zip(operands, ws, strict=True))
+        source.add_gradient(sink, everything, c, pairs, up, None, xs, source.of_products(ws), sums, first_rows=True)
         sink.close_slab(c, sums)
     sink.close_rows()
     if report is not None:
@@ -339,6 +346,7 @@ def stream_loss(
     maker, n = source.maker, stream.shape[0]
     tensors = len(stream.tensors) + sum(len(f.tensors) for f in folds)
     sink = Sink(maker, folds, needs[:tensors], keep_wide=True, whole=True, filtered=False)
+    sink.filter = source.make_filter(needs)
     like = maker.pool.get("empty", 0, 0)
     loss = like.new_zeros(())
     dargs = [a.new_zeros(a.shape, dtype=maker.dtype) if need else None for a, need in zip(args, needs[tensors:], strict=True)]
@@ -364,8 +372,8 @@ def stream_loss(
         up = _Up.of(source, folds, states, grads, h, r)
         sink.open_rows(r)
         for c in slabs:
-            g = source.gradient(r, c, [], up, stored[:, c.start : c.stop], sink.boost)
-            sink.add(g, None, xs, maker.slab(c), sink.open_slab(c), r, c, first_rows=r.start == 0, first_classes=c.start == 0)
+            part, sums = stored[:, c.start : c.stop], sink.open_slab(c)
+            source.add_gradient(sink, r, c, [], up, part, xs, maker.slab(c), sums, first_rows=r.start == 0)
         sink.close_rows()
     if n == 0:
         sink.no_rows()
@@ -385,6 +393,7 @@ def slab_loss(
     maker, n = source.maker, stream.shape[0]
     tensors = len(stream.tensors) + sum(len(f.tensors) for f in folds)
     sink = Sink(maker, folds, needs[:tensors], keep_wide=on_slab is None, whole=False, on_slab=on_slab, filtered=False)
+    sink.filter = source.make_filter(needs)
     like = maker.pool.get("empty", 0, 0)
     everything = Span(0, n)
     states = [f.identity(n, like) for f in (*folds, *observed)]
@@ -407,8 +416,7 @@ def slab_loss(
         for f, state, new in zip((*folds, *observed), states, found, strict=True):
             for old, part in zip(state, f.merge(state, tuple([t.unsqueeze(-1) for t in new])), strict=True):
                 old.copy_(part)
-        g = source.gradient(everything, c, [], up, stored, sink.boost)
-        sink.add(g, None, xs, ws, sums, everything, c, first_rows=True, first_classes=c.start == 0)
+        source.add_gradient(sink, everything, c, [], up, stored, xs, ws, sums, first_rows=True)
         sink.close_slab(c, sums)
     if n == 0:
         sink.no_rows()
@@ -456,6 +464,7 @@ class _Source:
             picks = torch.where(keep.unsqueeze(-1), picks, -1)
         self.picks = Picks.of(picks)
         self.dtypes = [stream.compute_dtype or torch.promote_types(x.dtype, w.dtype) for x, w in stream.pairs]
+        self.dtype = self.dtypes[0] if self.dtypes else torch.float32  # of all products, and so of G
         self.whole = Problem(self.stream, self.folds, (), n, self.c, None if self.picks is None else self.picks.sorted)
 
     def features(self, r: Span) -> list[Tensor]:
@@ -509,17 +518,40 @@ class _Source:
             for i, f in enumerate(self.folds)
         ]
 
-    def gradient(self, r: Span, c: Span, pairs: Sequence[tuple[Tensor, Tensor]], up: _Up, stored: Tensor | None, boost: float) -> Tensor:
-        """G of rows r and classes c, in the type of the products."""
-        dtype = self.dtypes[0] if self.dtypes else torch.float32
-        out = self._slab(r.size, c.size, dtype)
+    def gradient(
+        self, r: Span, c: Span, pairs: Sequence[tuple[Tensor, Tensor]], up: _Up, stored: Tensor | None, sink: Sink
+    ) -> tuple[Tensor, filtered.Kept | None]:
+        """G of rows r and classes c, in the type of the products and boosted; which of its columns the sink's filter keeps, if it has one."""
+        out = self._slab(r.size, c.size, self.dtype)
         states = [s if f.axis == "rows" else tuple([t[c.start : c.stop] for t in s]) for f, s in zip(self.folds, up.states, strict=True)]
         grads = [
             parts if f.axis == "rows" else [None if t is None else t[c.start : c.stop] for t in parts]
             for f, parts in zip(self.folds, up.grads, strict=True)
         ]
-        self.problem(r, c, pairs, stored).gradient(states, grads, up.h, up.keep, out, boost)
-        return out
+        problem = self.problem(r, c, pairs, stored)
+        base = problem.gradient(states, grads, up.keep, out, sink.boost)
+        kept = None if sink.filter is None else filtered.choose(problem, out, r.start, sink.filter, self.maker.pool)
+        problem.add_picks(up.h, base, out, sink.boost)
+        return out, kept
+
+    def add_gradient(
+        self, sink: Sink, r: Span, c: Span, pairs: Sequence[tuple[Tensor, Tensor]], up: _Up, stored: Tensor | None,
+        xs: list[Tensor], ws: list[Tensor], sums: list[Tensor | None], *, first_rows: bool,
+    ) -> None:  # fmt: skip
+        """Make G of rows r and classes c and add it up. xs, ws: operands of the products. sums: of dw; first_rows: are they still empty?"""
+        first_classes = c.start == 0
+        g, kept = self.gradient(r, c, pairs, up, stored, sink)
+        if kept is None:
+            sink.add(g, None, xs, ws, sums, r, c, first_rows=first_rows, first_classes=first_classes)
+            return
+        sink.settled(g, None, r, c)
+        dxs = sink.open_products(sums, r, first_rows, first_classes)
+        xs, ws = ([_rowwise(t.to(self.dtype)) for t in ts] for ts in (xs, ws))
+        filtered.multiply(g, kept, xs, ws, dxs, sums, 1.0 / sink.boost, self.maker.alpha / sink.boost, self.maker.pool)
+
+    def make_filter(self, needs: Sequence[bool]) -> ColumnFilter | None:
+        """The filter of one gradient; None: it is exact. needs: flags of the stream's tensors."""
+        return filtered.make_filter(self.stream, self.maker, needs, self.dtype)
 
     def _slab(self, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
         """The work buffer of G: rows of whole 16 bytes, for descriptors and vector loads."""

@@ -25,7 +25,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -115,6 +115,21 @@ STORED = _laden(32, 64, 32, 1, False)
 # ones spill hundreds on sm_90). Left to itself the assembler stops at 64 to 80 registers, for the sake of more programs, and spills three.
 IEEE = Config(64, 32, 16, 8, 2, False, registers=255)
 
+# The products of the gradient's kept columns (filtered.py), of aligned operands or not: rows or kept classes x features, rows or classes of the
+# sum at a time. Registers of a thread, dx / dw, of operands that descriptors address, compiled by Triton 3.8 and not timed:
+# 16 bits 170 / 128, 228 / 247 and 126 / 120; fp32 247 / 165, 185 / 176 and 182 / 170. 128x256 and 4 warps spilled.
+PRODUCTS: dict[tuple[str, int], Config] = {
+    ("sm_80", 2): Config(128, 128, 32, 8, 3, False),
+    ("sm_80", 4): Config(64, 64, 32, 8, 3, False),
+    ("sm_90", 2): Config(256, 128, 64, 8, 3, True, 8),
+    ("sm_90", 4): Config(128, 128, 32, 8, 3, True),
+    ("sm_100", 2): Config(128, 128, 64, 8, 3, True),
+    ("sm_100", 4): Config(128, 128, 32, 8, 3, True),
+    ("interpreter", 2): Config(32, 64, 32, 4, 1, False, 2),
+    ("interpreter", 4): Config(32, 64, 32, 4, 1, False, 2),
+}
+COLUMNS = Config(128, 32, 0, 4, 2, False)  # of G: rows and classes of a program that sums squares of columns, rows of one that gathers them
+
 MERGE_BLOCK = 128  # states merged by one program: one for each of its threads
 ROWS = Config(16, 0, 64, 4, 2, False)  # rows of a program that reads or adds picks, features at a time
 
@@ -155,6 +170,18 @@ def config(name: str, dtype: torch.dtype, weight: int, *, described: bool = True
     if described or name == "interpreter":
         return TABLE[name, dtype.itemsize][weight]
     return POINTERS[dtype.itemsize][weight]
+
+
+def product_config(name: str, dtype: torch.dtype) -> Config:
+    """The tile of the products of kept columns."""
+    if dtype == torch.float32 and precision(dtype) == "ieee" and name != "interpreter":
+        return IEEE
+    return PRODUCTS[name, dtype.itemsize]
+
+
+def deeper(config: Config, stages: int) -> Config:
+    """The same with so many pipeline stages more."""
+    return replace(config, stages=config.stages + stages)
 
 
 def processors(device: torch.device) -> int:
