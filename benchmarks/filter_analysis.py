@@ -121,7 +121,7 @@ def kept_shares(norms: Tensor, tolerances: Sequence[float], forced: Tensor | Non
     droppable = norms if forced is None else norms.masked_fill(forced, torch.inf)
     sums = droppable.sort(1).values.cumsum(1, dtype=torch.float64)
     budgets = torch.tensor(tolerances, dtype=torch.float64).square() * norms.sum(1, dtype=torch.float64).unsqueeze(1)
-    return 1.0 - torch.searchsorted(sums, budgets, right=True).t() / norms.shape[1]
+    return 1.0 - torch.searchsorted(sums, budgets, right=True).t().double() / norms.shape[1]
 
 
 def work_share(shares: Tensor, most: float) -> Tensor:
