@@ -1,4 +1,4 @@
-"""The command line: `python -m benchmarks --help`."""
+"""The command line: `python -m benchmarks --help`, `python -m benchmarks compare --help`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,21 @@ import time
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from bigclass.extras import require
 
-from .data import LOSS_KINDS, SEED, kinds_for
+from . import trained
+from .candidate import LOSS_PASSES
+from .data import LOSS_KINDS, SEED, TRAINED, kinds_for, own_shape
 from .shapes import CROSS_ENTROPY, SHAPES, Shape, parse_shape
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .measure import Case
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RESULTS = Path(__file__).parent / "results"
@@ -31,7 +39,8 @@ class Defaults:
     rounds: int
 
 
-USUAL = tuple(name for name, shape in SHAPES.items() if shape.loss == CROSS_ENTROPY)  # those run when they are asked for
+# The rest run when they are asked for.
+USUAL = tuple(name for name, shape in SHAPES.items() if shape.loss == CROSS_ENTROPY and name != "filter")
 
 DEFAULTS = {
     # At 1/8 of each dimension a pass of the largest shapes is 20 GFLOP, a fraction of a second on two cores.
@@ -41,11 +50,22 @@ DEFAULTS = {
     ("cuda", True): Defaults(("gemma2-2b", "llama3-8b", "small"), ("bf16",), Fraction(1, 2), 5),
 }
 
+# The middle of the series of `--scaling`, by device and `--quick`.
+SCALING_BASE = {
+    ("cpu", False): "1024x16384x256",
+    ("cpu", True): "256x4096x64",
+    ("cuda", False): "4096x65536x2048",
+    ("cuda", True): "2048x32768x1024",
+}
+
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line, with the defaults of the device filled in."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description="Time and weigh classification losses side by side.", allow_abbrev=False
+        prog="python -m benchmarks",
+        description="Time and weigh classification losses side by side.",
+        epilog="python -m benchmarks compare A.json B.json compares two result files.",
+        allow_abbrev=False,
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--dtype", nargs="+", choices=tuple(DTYPES), help="default: fp32 and bf16 on a CPU, bf16 on a GPU")
@@ -57,8 +77,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help=f"of {', '.join(SHAPES)}, NxCxD, NxCxD:bce (:asymmetric, :clip, :siglip), or NxCxDxK for the K best classes",
     )
     parser.add_argument(
-        "--data", nargs="+", choices=LOSS_KINDS, default=["flat"], help="what the logits of losses look like (default: flat)"
+        "--data", nargs="+", choices=LOSS_KINDS, help="what the logits of losses look like (default: flat; with --scaling: peaked)"
     )
+    parser.add_argument("--passes", nargs="+", choices=LOSS_PASSES, help="what is timed (default: all; with --scaling: forward+backward)")
+    parser.add_argument("--scaling", action="store_true", help="time and memory against N and against C, around one shape, with its plot")
     parser.add_argument(
         "--scale", type=_scale, help="times each of N, C and D of the models' shapes, as 1/8 or 0.125 (default: 1/8 on a CPU, 1 on a GPU)"
     )
@@ -75,91 +97,138 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--device cuda: torch finds no CUDA device here")
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     defaults = DEFAULTS[options.device, options.quick]
+    if options.scaling:
+        _settle_scaling(options, parser)
     options.shapes = options.shapes or [SHAPES[name] for name in defaults.shapes]
     options.dtype = options.dtype or list(defaults.dtypes)
+    options.data = options.data or ["flat"]
+    options.passes = [which for which in LOSS_PASSES if which in (options.passes or LOSS_PASSES)]
     options.scale = options.scale or defaults.scale
     options.rounds = options.rounds or defaults.rounds
     return options
 
 
+def _settle_scaling(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """The defaults of `--scaling`; it is about one shape, dtype and kind of data, whose gradients are wanted."""
+    options.shapes = options.shapes or [parse_shape(SCALING_BASE[options.device, options.quick])]
+    options.dtype = options.dtype or DEFAULTS[options.device, options.quick].dtypes[:1]
+    options.data = options.data or ["peaked"]
+    for name in ("shapes", "dtype", "data"):
+        if len(getattr(options, name)) > 1:
+            parser.error(f"--scaling: expected one of --{name}, got {len(getattr(options, name))}")
+    if options.shapes[0].k or options.shapes[0].loss != CROSS_ENTROPY:
+        parser.error(f"--scaling: expected a shape of cross-entropy, got {options.shapes[0]}")
+    if options.data == [TRAINED]:
+        parser.error("--scaling: the trained model has one C; expected another --data")
+    if options.passes not in (None, ["forward+backward"]):
+        parser.error("--scaling: times forward+backward only; leave --passes out")
+    options.passes = ["forward+backward"]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; 1 if one of bigclass' own candidates failed or was wrong, 2 if a package is missing."""
-    options = parse_arguments(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    comparing = arguments[:1] == ["compare"]
+    options = argparse.Namespace(data=()) if comparing else parse_arguments(arguments)
     try:
         require("rich", "matplotlib", extra="bench")
+        if TRAINED in options.data and not trained.is_cached():
+            require("tokenizers")
     except ModuleNotFoundError as error:
         print(f"the benchmark {error}", file=sys.stderr)
         return 2
-    return run(options, shlex.join(["python", "-m", "benchmarks", *(sys.argv[1:] if arguments is None else arguments)]))
+    if comparing:
+        from . import compare
+
+        return compare.main(arguments[1:])
+    return run(options, shlex.join(["python", "-m", "benchmarks", *arguments]))
 
 
 def run(options: argparse.Namespace, command: str) -> int:
     """Measure, print as it goes, and write the files."""
     from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    from . import report
+    from . import report, scaling
     from .machine import describe_machine, describe_versions, hardware_name, keep_freed_memory
-    from .measure import Case, add_memory, copy_memory, measure_case
 
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     console = Console()
     if not console.is_terminal:  # a log file has no width; a table cut to 80 columns has no use
-        console = Console(width=150)
+        console = Console(width=180)
     machine = describe_machine(device)
     if options.keep_memory:
         machine["keeps_freed_memory"] = keep_freed_memory()
     started = time.strftime("%Y-%m-%dT%H-%M-%S")
-    head = {
-        "command": command,
-        "started": started,
-        "machine": machine,
-        "versions": describe_versions(),
-        "settings": {"rounds": options.rounds, "scale": str(options.scale), "data": options.data, "seed": SEED},
-    }
-    json_path = options.out / f"{_file_name(hardware_name(device))}-{started}.json"
+    settings = {"rounds": options.rounds, "scale": str(options.scale), "data": options.data, "passes": options.passes, "seed": SEED}
+    head = {"command": command, "started": started, "machine": machine, "versions": describe_versions(), "settings": settings}
+    name = f"{_file_name(hardware_name(device))}-{started}" + ("-scaling" if options.scaling else "")
+    json_path = options.out / f"{name}.json"
     console.print(f"[bold]{hardware_name(device)}[/], {_units(machine)}; torch {torch.__version__}; {options.rounds} rounds")
 
-    grid = [(shape.scaled(float(options.scale)), DTYPES[name]) for shape in options.shapes for name in options.dtype]
-    total = sum(len(kinds_for(shape, tuple(options.data))) for shape, _ in grid)
-    cases: list[Case] = []
-    progress = Progress(
-        SpinnerColumn(), TextColumn("{task.completed}/{task.total} {task.description}"), TimeElapsedColumn(),
-        console=console, transient=True,
-    )  # fmt: skip
-    with progress:
-        task = progress.add_task("", total=total)
-        for shape, dtype in grid:
-            first: Case | None = None
-            for kind in kinds_for(shape, tuple(options.data)):
-
-                def tell(what: str, label: str = f"{shape.name} {dtype} {kind}".replace("torch.", "")) -> None:
-                    progress.update(task, description=f"{label}: {what}")
-
-                case = measure_case(shape, dtype, kind, device, rounds=options.rounds, check=options.check, tell=tell)
-                if options.memory and first is None:
-                    add_memory(case, device, tell)
-                    first = case
-                elif first is not None:
-                    copy_memory(first, case)
-                cases.append(case)
-                progress.advance(task)
-                report.print_case(case, console)
-                report.write_json(report.as_json(cases, head), json_path)  # a run that is interrupted has not been for nothing
+    shapes = [shape.scaled(float(options.scale)) for shape in options.shapes]
+    series = scaling.series(shapes[0]) if options.scaling else {}
+    if options.scaling:
+        shapes = [shape for along in series.values() for shape in along]
+        head["scaling"] = {axis: [shape.name for shape in along] for axis, along in series.items()}
+    cases = _measure(shapes, options, device, head, json_path, console)
     report.print_absences(cases, console)
-
     console.print(f"figures: {json_path}", soft_wrap=True)
-    plot_path = json_path.with_suffix(".png")
-    if report.plot_cases(cases, f"{hardware_name(device)}, torch {torch.__version__}", plot_path):
-        console.print(f"plot:    {plot_path}", soft_wrap=True)
-    else:
+
+    plot_path, title = json_path.with_suffix(".png"), f"{hardware_name(device)}, torch {torch.__version__}"
+    if options.scaling:
+        found = {case.shape.name: case for case in cases}
+        what = f"{title}, {options.dtype[0]}, {options.data[0]}, forward+backward"
+        scaling.plot({axis: [found[shape.name] for shape in along] for axis, along in series.items()}, what, plot_path)
+    elif not report.plot_cases(cases, title, plot_path):
         console.print("no plot: it shows time against memory, which was not measured")
+    if plot_path.exists():
+        console.print(f"plot:    {plot_path}", soft_wrap=True)
 
     ours = [absence for case in cases for absence in case.absences if absence.failed and absence.candidate.role == "bigclass"]
     wrong = [c for case in cases for c in case.candidates if c.role == "bigclass" and case.is_wrong(c.name)]
     return 1 if ours or wrong else 0
+
+
+def _measure(
+    shapes: list[Shape], options: argparse.Namespace, device: torch.device, head: dict[str, Any], path: Path, console: Console
+) -> list[Case]:
+    """Measure every case once, print it, and write the file anew after each."""
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from . import report, scaling
+    from .measure import add_memory, measure_case
+
+    grid = dict.fromkeys(  # once each: several shapes asked for may come down to the trained model's
+        (own_shape(shape, kind), DTYPES[name], kind)
+        for shape in shapes
+        for name in options.dtype
+        for kind in kinds_for(shape, tuple(options.data))
+    )
+    cases: list[Case] = []
+    weighed: dict[tuple[Shape, torch.dtype, bool], Case] = {}
+    columns = SpinnerColumn(), TextColumn("{task.completed}/{task.total} {task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(grid))
+        for shape, dtype, kind in grid:
+
+            def tell(what: str, label: str = f"{shape.name} {dtype} {kind}".replace("torch.", "")) -> None:
+                progress.update(task, description=f"{label}: {what}")
+
+            only = scaling.WHO if options.scaling else None
+            case = measure_case(
+                shape, dtype, kind, device, rounds=options.rounds, check=options.check, tell=tell, passes=options.passes, only=only
+            )
+            if options.memory:
+                alike = shape, dtype, kind == "popular"  # which alone has a bias
+                add_memory(case, device, tell, weighed.get(alike))
+                weighed.setdefault(alike, case)
+            cases.append(case)
+            progress.advance(task)
+            report.print_case(case, console)
+            report.write_json(report.as_json(cases, head), path)  # a run that is interrupted has not been for nothing
+    return cases
 
 
 def _units(machine: dict[str, object]) -> str:

@@ -8,6 +8,11 @@ For a loss, with z, n standard normal, e_i the row's class vector and ^ a vector
     peaked   a trained head: x_i points at its class by a margin that varies from row to row, and at 8 rivals by a little less,
              y drawn by frequency (Zipf). Loss about 1.4 from D = 512 on; many rows are sure, some are wrong, most classes are negligible.
     onehot   a memorised batch: as peaked, with one large margin and no rivals. Loss of 1e-8 to 1e-5: LSE - s_y cancels.
+    popular  what the gradient filter is specified on: x_i = a_i w_y / |w_y| + z_i, a_i uniform in 5..15, w_j = n_j / |n_j| (so that noise
+             makes logits of standard deviation 1), a constant bias b_j = -log(1 + rank of j) with classes ranked at random, and y drawn
+             by that popularity.
+    trained  hidden states, head and next tokens of a language model that was really trained (trained.py). The model gives C and D,
+             and N as far as its held-out text goes.
 
 For prediction (k best classes) what matters is the order in which good classes are met:
 
@@ -25,22 +30,26 @@ For contrastive losses, images and texts of length 1:
     fresh    independent: an untrained pair of encoders.
     paired   a text is its image plus as much noise: loss of clip about 0.
 
-Everything is drawn in float32 on the device itself from one seed and then rounded, so a device gives the same operands every time.
+Everything else is drawn in float32 on the device itself from one seed and then rounded, so a device gives the same operands every time.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import trained
 from .shapes import Shape
 
 SEED = 20240817
-LOSS_KINDS = ("flat", "peaked", "early", "onehot")
+DRAWN_KINDS = ("flat", "peaked", "early", "onehot", "popular")
+TRAINED = "trained"
+LOSS_KINDS = (*DRAWN_KINDS, TRAINED)
 PREDICTION_KINDS = ("random", "ascending")
 ONE_VS_ALL_KINDS = ("fresh", "rare")
 CONTRASTIVE_KINDS = ("fresh", "paired")
@@ -59,24 +68,40 @@ class Problem:
     input: Tensor  # (N, D)
     linear_weight: Tensor  # (C, D)
     target: Tensor  # (N,), not used by predictions and contrastive losses; labels (N, K) of one-vs-all losses
+    bias: Tensor | None = None  # (C,), constant
 
 
-def kinds_for(shape: Shape, loss_kinds: tuple[str, ...] = LOSS_KINDS) -> tuple[str, ...]:
+def kinds_for(shape: Shape, loss_kinds: tuple[str, ...] = DRAWN_KINDS) -> tuple[str, ...]:
     """The kinds of data to run `shape` on, `loss_kinds` being those asked for losses."""
     if shape.k:
         return PREDICTION_KINDS
     return ONE_VS_ALL_KINDS if shape.one_vs_all else CONTRASTIVE_KINDS if shape.contrastive else loss_kinds
 
 
-def make_problem(shape: Shape, kind: str, dtype: torch.dtype, device: torch.device) -> Problem:
-    """Draw the operands.
+def own_shape(shape: Shape, kind: str) -> Shape:
+    """The shape that is run when `shape` is asked for: another than asked for only where the kind of data has sizes of its own."""
+    if kind != TRAINED:
+        return shape
+    n, c, d = trained.sizes()
+    return Shape(TRAINED, min(shape.rows, n), c, d)
+
+
+def make_problem(
+    shape: Shape, kind: str, dtype: torch.dtype, device: torch.device, tell: Callable[[str], object] = lambda _: None
+) -> Problem:
+    """Draw the operands, or look them up. The problem's shape is `own_shape`. `tell` is told how a training gets on.
 
     Raises:
         ValueError: for a kind that `shape` does not have.
     """
-    if kind not in kinds_for(shape):
-        raise ValueError(f"data: expected one of {kinds_for(shape)} for {shape}, got {kind!r}")
+    known = kinds_for(shape, LOSS_KINDS)
+    if kind not in known:
+        raise ValueError(f"data: expected one of {known} for {shape}, got {kind!r}")
+    if kind == TRAINED:
+        return _trained(own_shape(shape, kind), dtype, device, tell)
     generator = torch.Generator(device).manual_seed(SEED)
+    if kind == "popular":
+        return _popular(shape, dtype, generator)
     n, c, d = shape.rows, shape.classes, shape.features
 
     def normal(*size: int) -> Tensor:
@@ -126,6 +151,24 @@ def make_problem(shape: Shape, kind: str, dtype: torch.dtype, device: torch.devi
         x = (0.5 + torch.rand(n, 1, generator=generator, device=device)) * math.sqrt(d) * direction
 
     return Problem(shape, kind, x.to(dtype), w.to(dtype), y)
+
+
+def _trained(shape: Shape, dtype: torch.dtype, device: torch.device, tell: Callable[[str], object]) -> Problem:
+    states = trained.states("end", tell=tell)
+    x, w = states.hidden[: shape.rows].to(device, dtype), states.weight.to(device, dtype)
+    return Problem(shape, TRAINED, x, w, states.target[: shape.rows].to(device))
+
+
+def _popular(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Problem:
+    n, c, d, device = shape.rows, shape.classes, shape.features, generator.device
+    w = F.normalize(torch.randn(c, d, generator=generator, device=device))  # (C, D)
+    by_rank = torch.randperm(c, generator=generator, device=device)  # (C,) the class of each rank
+    bias = torch.empty(c, device=device)  # (C,)
+    bias[by_rank] = -torch.arange(1, c + 1, device=device, dtype=torch.float32).log_()
+    y = by_rank[_zipf(n, c, generator, device)]  # (N,)
+    margin = torch.empty(n, 1, device=device).uniform_(5, 15, generator=generator)
+    x = torch.randn(n, d, generator=generator, device=device).add_(margin * w[y])  # (N, D)
+    return Problem(shape, "popular", x.to(dtype), w.to(dtype), y, bias.to(dtype))
 
 
 def _zipf(n: int, c: int, generator: torch.Generator, device: torch.device) -> Tensor:

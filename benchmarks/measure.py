@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from .candidates import LOSS_PASSES, Call, Candidate, Pass, Unavailable, candidates_for
-from .data import Problem, make_problem
+from .candidate import LOSS_PASSES, Call, Candidate, Pass, Unavailable
+from .candidates import candidates_for
+from .data import Problem, make_problem, own_shape
 from .memory import measure_memory
 from .reference import TOLERANCE, Reference, errors, reference
 from .shapes import Shape
-from .timing import choose_repeats, estimate_seconds, interleave
+from .timing import Staged, choose_repeats, estimate_seconds, interleave
 
 Tell = Callable[[str], None]
 
@@ -50,7 +51,7 @@ class Absence:
 
 @dataclass(slots=True)
 class Case:
-    """The figures of one case."""
+    """The figures of one case. shape: what was run, which is not what was asked where the data have sizes of their own."""
 
     shape: Shape
     dtype: torch.dtype
@@ -69,27 +70,43 @@ class Case:
         return one.median / other.median if one and other else None
 
     def worst_error(self, name: str) -> float | None:
-        """The largest relative error of any output of any pass."""
-        found = [e for (who, _), f in self.figures.items() if who == name for e in f.errors.values()]
-        return max(found, default=None)
+        """The largest relative error of any output of any pass; NaN if one is."""
+        found = [error for _, error in self._errors(name)]
+        return math.nan if any(map(math.isnan, found)) else max(found, default=None)
 
     def is_wrong(self, name: str) -> bool:
-        """Whether an output is further from float64 than rounding explains (a NaN is)."""
-        error = self.worst_error(name)
-        return error is not None and not error <= TOLERANCE[self.dtype]
+        """Whether an output is further from float64 than rounding explains (a NaN is). Gradients that are not meant to be exact may be."""
+        exact = all(candidate.exact for candidate in self.candidates if candidate.name == name)
+        tolerance = TOLERANCE[self.dtype]
+        return any(not error <= (tolerance if exact or output == "loss" else math.inf) for output, error in self._errors(name))
+
+    def _errors(self, name: str) -> list[tuple[str, float]]:
+        return [item for (who, _), figures in self.figures.items() if who == name for item in figures.errors.items()]
 
 
-def measure_case(shape: Shape, dtype: torch.dtype, kind: str, device: torch.device, *, rounds: int, check: bool, tell: Tell) -> Case:
-    """Time every candidate on one case; check outputs where `check`."""
+def measure_case(
+    shape: Shape,
+    dtype: torch.dtype,
+    kind: str,
+    device: torch.device,
+    *,
+    rounds: int,
+    check: bool,
+    tell: Tell,
+    passes: Sequence[Pass] = LOSS_PASSES,
+    only: Collection[str] | None = None,
+) -> Case:
+    """Time every candidate, or `only` the named, on one case; check outputs where `check`."""
     tell("making data")
-    problem = make_problem(shape, kind, dtype, device)
+    shape = own_shape(shape, kind)
+    problem = make_problem(shape, kind, dtype, device, tell)
     exact = None
     if check:
         tell("computing the float64 reference")
         exact = reference(problem)
-    case = Case(shape, dtype, kind, candidates_for(shape, dtype))
+    case = Case(shape, dtype, kind, candidates_for(shape, dtype, only))
 
-    for which in LOSS_PASSES:
+    for which in passes:
         ready: list[tuple[Figures, Call]] = []
         for candidate in case.candidates:
             if which not in candidate.passes:
@@ -111,27 +128,30 @@ def measure_case(shape: Shape, dtype: torch.dtype, kind: str, device: torch.devi
     return case
 
 
-def add_memory(case: Case, device: torch.device, tell: Tell) -> None:
-    """Measure everyone's memory, but the floors': they are given theirs."""
+def add_memory(case: Case, device: torch.device, tell: Tell, known: Case | None = None) -> None:
+    """Measure everyone's memory, but the floors' (they are given theirs) and the backward's alone (it starts beside what a forward kept).
+
+    known: a case of the same shape and type on other data; memory does not depend on values, but where these choose what is left out.
+    """
     for candidate in case.candidates:
-        settings: dict[Pass, int | None] = {which: f.setting for (name, which), f in case.figures.items() if name == candidate.name}
-        if candidate.role == "floor" or not settings:
+        found: dict[Pass, Figures] = {
+            which: f for (name, which), f in case.figures.items() if name == candidate.name and which != "backward"
+        }
+        if candidate.role == "floor" or not found:
+            continue
+        if known and candidate.exact and all((candidate.name, which) in known.figures for which in found):
+            for which, figures in found.items():
+                figures.extra_bytes = known.figures[candidate.name, which].extra_bytes
             continue
         tell(f"memory of {candidate.name}")
+        settings: dict[Pass, int | None] = {which: figures.setting for which, figures in found.items()}
         try:
             extra = measure_memory(candidate.name, settings, case.shape, case.kind, case.dtype, device)
         except Exception as error:  # whatever the measured process dies of, the others go on
             case.absences += [Absence(candidate, which, f"memory: {_one_line(error)}", failed=True) for which in settings]
             continue
         for which, size in extra.items():
-            case.figures[candidate.name, which].extra_bytes = size
-
-
-def copy_memory(source: Case, to: Case) -> None:
-    """Take over the memory figures of the same shape and type on other data: memory does not depend on values."""
-    for key, figures in to.figures.items():
-        if key in source.figures:
-            figures.extra_bytes = source.figures[key].extra_bytes
+            found[which].extra_bytes = size
 
 
 def _prepare(candidate: Candidate, problem: Problem, which: Pass, exact: Reference | None) -> tuple[Figures, Call]:
@@ -143,7 +163,9 @@ def _prepare(candidate: Candidate, problem: Problem, which: Pass, exact: Referen
         found = errors(call(), exact or {})
         seconds = estimate_seconds(call, device)
         if seconds < fastest:
-            fastest, best = seconds, (Figures(setting, choose_repeats(seconds), errors=found), call)
+            # What is not timed takes its time all the same: 500 forwards for a backward of a microsecond would be no good bargain.
+            whole = estimate_seconds(call.__call__, device) if isinstance(call, Staged) else seconds
+            fastest, best = seconds, (Figures(setting, choose_repeats(whole), errors=found), call)
     assert best is not None
     return best
 

@@ -9,8 +9,9 @@ import torch
 
 from bigclass.demo.memory import peak_extra_bytes
 
-from .candidates import Call, Pass, candidates_for
-from .data import make_problem
+from .candidate import Call, Pass
+from .candidates import candidates_for
+from .data import TRAINED, make_problem
 from .shapes import Shape
 
 # Large enough for every engine to take the way it takes on a real problem, too small for it to keep a work buffer for the next call.
@@ -31,7 +32,8 @@ def measure_memory(
 def prepare(name: str, which: Pass, setting: int | None, shape: Shape, kind: str, dtype: torch.dtype, device: torch.device) -> Call:
     """The call to be measured, warmed up: thread pools, the GEMM library's lazy set-up and imports are no part of it."""
     (candidate,) = (c for c in candidates_for(shape, dtype) if c.name == name)
-    small = make_problem(dataclasses.replace(shape, **(WARM_UP_PAIRS if shape.contrastive else WARM_UP)), kind, dtype, device)
+    small_shape = dataclasses.replace(shape, **(WARM_UP_PAIRS if shape.contrastive else WARM_UP))
+    small = make_problem(small_shape, "flat" if kind == TRAINED else kind, dtype, device)
     candidate.prepare(small, which, setting)()
     call = candidate.prepare(make_problem(shape, kind, dtype, device), which, setting)
     if device.type == "cuda":

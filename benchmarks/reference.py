@@ -35,12 +35,13 @@ def reference(problem: Problem) -> Reference:
         return dict(
             zip(("loss", "input", "linear_weight"), contrastive.reference(shape.loss, problem.input.double(), w, step), strict=True)
         )
+    bias = None if problem.bias is None else problem.bias.double()
     w.requires_grad_()
     total = w.new_zeros(())
     gradients = []
     for x, y in zip(problem.input.double().split(step), problem.target.split(step), strict=True):
         x = x.detach().requires_grad_()
-        logits = F.linear(x, w)
+        logits = F.linear(x, w, bias)
         if shape.softcap is not None:
             logits = shape.softcap * torch.tanh(logits / shape.softcap)
         if shape.one_vs_all:

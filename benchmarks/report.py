@@ -16,22 +16,27 @@ from rich.table import Table
 import bigclass
 from bigclass.core import LogSumExp
 
-from .candidates import DENSE, FLOOR, FLOOR_FP32, Candidate, Pass
+from .candidate import Candidate, Pass
+from .data import TRAINED
+from .floors import FLOOR, FLOOR_FP32
 from .machine import MIB
 from .measure import Case, Figures
+from .peers import DENSE
 
 matplotlib.use("Agg")  # before pyplot: files only, for a machine without a display is the usual one
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-SCHEMA = 1
+SCHEMA = 2  # 1: without the pass "backward" and without "exact"
 BASELINES = (DENSE, FLOOR, FLOOR_FP32)
 NONE = "–"
 
 # Names in a table's head.
-SHORT = {DENSE: "dense", FLOOR: "GEMM", FLOOR_FP32: "fp32", "forward": "forward", "forward+backward": "fwd+bwd"}
+SHORT = {DENSE: "dense", FLOOR: "GEMM", FLOOR_FP32: "fp32", "forward": "forward", "backward": "backward", "forward+backward": "fwd+bwd"}
 
 # What is measured in pages of 4 KiB, and by a counter that each thread batches, means nothing below this.
 LEAST_BYTES = 1 << 18
@@ -40,8 +45,12 @@ LEAST_BYTES = 1 << 18
 BUSY = 1.5
 
 MARKERS = {"dense": "s", "peer": "^", "bigclass": "o"}
-COLOURS = {"dense": ("#555555",), "peer": ("#f4a259", "#d1495b", "#8f5d2c", "#b07aa1", "#e0b000", "#7f2704")}
-COLOURS |= {"bigclass": ("#1b6ca8", "#30a5bf", "#4f9d4b", "#8cc6e7", "#7b4fa3")}
+MARKER_FILTERED = "D"
+COLOURS = {
+    "dense": ("#555555",),
+    "peer": ("#1f1f1f", "#f4a259", "#d1495b", "#8f5d2c", "#b07aa1", "#e0b000", "#7f2704"),
+    "bigclass": ("#1b6ca8", "#2e8b57", "#9acd32", "#30a5bf", "#8cc6e7", "#7b4fa3", "#c77dff", "#00b4a0", "#3f37c9", "#9a8c98"),
+}
 
 
 # Tables
@@ -51,7 +60,7 @@ def print_case(case: Case, console: Console) -> None:
     """A table of one case, each candidate a row."""
     baselines = [name for name in BASELINES if any(key[0] == name for key in case.figures)]
     passes = case.passes()
-    weighed = any(figures.extra_bytes is not None for figures in case.figures.values())
+    weighed = {which for (_, which), figures in case.figures.items() if figures.extra_bytes is not None}
     checked = any(figures.errors for figures in case.figures.values())
 
     table = Table(
@@ -66,7 +75,7 @@ def print_case(case: Case, console: Console) -> None:
         table.add_column(f"{SHORT[which]}\nms", justify="right", no_wrap=True)
         for baseline in baselines:
             table.add_column(f"\n/ {SHORT[baseline]}", justify="right", no_wrap=True)
-        if weighed:
+        if which in weighed:
             table.add_column("\n+MiB", justify="right", no_wrap=True)
     if checked:
         table.add_column("relative\nerror", justify="right")
@@ -79,10 +88,11 @@ def print_case(case: Case, console: Console) -> None:
         for which, figures in found.items():
             row.append(_milliseconds(figures.median) if figures else NONE)
             row += [_number(case.ratio(candidate.name, baseline, which), "{:.2f}") for baseline in baselines]
-            if weighed:
+            if which in weighed:
                 row.append(_mebibytes(figures.extra_bytes) if figures else NONE)
         if checked:
-            row.append(_number(case.worst_error(candidate.name), "{:.0e}") + (" !" if case.is_wrong(candidate.name) else ""))
+            mark = " !" if case.is_wrong(candidate.name) else "" if candidate.exact else " ~"
+            row.append(_number(case.worst_error(candidate.name), "{:.0e}") + mark)
         style = "red" if case.is_wrong(candidate.name) else {"floor": "dim", "bigclass": "bold"}.get(candidate.role)
         table.add_row(*row, style=style)
     console.print(table)
@@ -120,6 +130,10 @@ def _caption(case: Case) -> str:
             lines.append(f"the machine is busy: {FLOOR} varied by {spread:.1f} x between rounds, so these ratios are rough")
     if any(case.is_wrong(candidate.name) for candidate in case.candidates):
         lines.append("! further from float64 than rounding explains")
+    if any(not candidate.exact and case.worst_error(candidate.name) is not None for candidate in case.candidates):
+        lines.append("~ filtered: leaves small gradients out on purpose; their error is shown, and not held against rounding")
+    if case.kind == TRAINED:
+        lines.append("the shape is the trained model's own; N is what was asked, as far as its held-out text goes")
     return "\n".join(lines)
 
 
@@ -175,6 +189,7 @@ def _case_as_json(case: Case, device: str) -> dict[str, Any]:
             "k": shape.k,
             "loss": None if shape.k else shape.loss,
         },
+        "shape_note": "the trained model's own, N as asked" if case.kind == TRAINED else None,
         "dtype": _dtype(case),
         "data": case.kind,
         "explain": plan,
@@ -184,6 +199,7 @@ def _case_as_json(case: Case, device: str) -> dict[str, Any]:
                 "role": candidate.role,
                 "what": candidate.what,
                 "unit": candidate.unit or None,
+                "exact": candidate.exact,
                 "wrong": case.is_wrong(candidate.name),
                 "passes": {
                     which: _figures_as_json(case, candidate.name, which)
@@ -246,10 +262,22 @@ def plot_cases(cases: Sequence[Case], title: str, path: Path) -> bool:
         panel.set_ylabel("time / bare matrix products", fontsize=8)
     figure.suptitle(title, fontsize=10)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(5, 2 * columns), fontsize=8, frameon=False)
+    save(figure, path)
+    return True
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
-    return True
+
+
+def plain_log_axis(axis: Axis) -> None:
+    """Ticks at 1, 2 and 5 times powers of ten, written without exponents."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def _plot_case(case: Case, panel: Axes) -> dict[str, Any]:
@@ -273,7 +301,7 @@ def _plot_case(case: Case, panel: Axes) -> dict[str, Any]:
             max(figures.extra_bytes, LEAST_BYTES) / MIB,
             ratio,
             s=46,
-            marker=MARKERS[candidate.role],
+            marker=MARKERS[candidate.role] if candidate.exact else MARKER_FILTERED,
             color=colour,
             edgecolors="white",
             linewidths=0.6,
@@ -286,9 +314,7 @@ def _plot_case(case: Case, panel: Axes) -> dict[str, Any]:
     panel.set_xlim(left / 2, right * 2)
     panel.set_ylim(low / 1.1, max(high * 1.1, 2))
     for axis in (panel.xaxis, panel.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.set_minor_locator(NullLocator())
+        plain_log_axis(axis)
     panel.tick_params(labelsize=8)
     panel.grid(alpha=0.25, lw=0.5)
     shape = case.shape

@@ -76,6 +76,7 @@ SHAPES = {
         Shape("cpu", 2048, 32000, 512),
         Shape("small", 256, 1000, 512),
         Shape("tiny", 32, 100, 64),
+        Shape("filter", 4096, 128000, 512),  # what the gradient filter is specified on, with data "popular"
         Shape("topk", 256, 3_000_000, 64, k=5),
         Shape("bce", 512, 131072, 256, loss="bce"),
         Shape("asymmetric", 512, 131072, 256, loss="asymmetric"),

@@ -30,6 +30,7 @@ from torch import Tensor
 import bigclass
 from bigclass.demo import DemoSettings, data
 from bigclass.demo.model import LanguageModel
+from bigclass.extras import require
 
 CACHE = Path(__file__).parent / ".cache"
 FORMAT = 1  # of a cached file, and of how it came about: another number trains anew
@@ -62,13 +63,12 @@ def default_settings() -> DemoSettings:
     return DemoSettings(device=device, vocab=32_000, width=256, context=256, layers=2, heads=4, batch=2, steps=1200, learning_rate=2e-3)
 
 
-def states(point: str, settings: DemoSettings | None = None, cache: Path = CACHE, tell: Tell = lambda _: None) -> States:
+def states(point: str, settings: DemoSettings | None = None, tell: Tell = lambda _: None) -> States:
     """The states at one of `points()`, from the cache, or from a training that fills it.
 
     Args:
         point: "start", "early", "middle" or "end".
         settings: what to train; None for `default_settings()`.
-        cache: the folder that keeps what was trained.
         tell: is told how training gets on.
 
     Raises:
@@ -82,17 +82,25 @@ def states(point: str, settings: DemoSettings | None = None, cache: Path = CACHE
     if point not in POINTS:
         raise ValueError(f"point: expected one of {', '.join(POINTS)}; got {point!r}")
     settings = settings or default_settings()
-    folder = cache / f"trained-{_key(settings)}"
-    if not all((folder / f"{name}.pt").exists() for name in POINTS):
+    if not is_cached(settings):
         for name, found in _train(settings, tell).items():
-            _save(asdict(found), folder / f"{name}.pt")
-    return States(**torch.load(folder / f"{point}.pt", weights_only=True))
+            _save(asdict(found), _path(settings, name))
+    return States(**torch.load(_path(settings, point), weights_only=True))
 
 
-def is_cached(settings: DemoSettings | None = None, cache: Path = CACHE) -> bool:
+def sizes(settings: DemoSettings | None = None) -> tuple[int, int, int]:
+    """N, C and D of the states, known before any training."""
+    settings = settings or default_settings()
+    return HELD_OUT * (settings.context - 1), settings.vocab, settings.width
+
+
+def is_cached(settings: DemoSettings | None = None) -> bool:
     """Whether `states` needs no training."""
-    folder = cache / f"trained-{_key(settings or default_settings())}"
-    return all((folder / f"{name}.pt").exists() for name in POINTS)
+    return all(_path(settings or default_settings(), point).exists() for point in POINTS)
+
+
+def _path(settings: DemoSettings, point: str) -> Path:
+    return CACHE / f"trained-{_key(settings)}" / f"{point}.pt"
 
 
 def _key(settings: DemoSettings) -> str:
@@ -112,7 +120,7 @@ def _save(content: dict[str, Any], path: Path) -> None:
 
 def _train(settings: DemoSettings, tell: Tell) -> dict[str, States]:
     """Train the model and take its states at each point."""
-    bigclass.extras.require("tokenizers", extra="demo")
+    require("tokenizers")
     tell("training a language model: learning its vocabulary")
     texts = data.read_corpus(settings.corpus_bytes)
     tokenizer = data.learn_vocabulary(texts, settings.vocab)
@@ -146,7 +154,11 @@ def _train(settings: DemoSettings, tell: Tell) -> dict[str, States]:
 def _states_of(model: LanguageModel, ids: Tensor, step: int) -> States:
     """The states on sequences `ids` (B, T)."""
     hidden: list[Tensor] = []
-    hook = model.norm.register_forward_hook(lambda _module, _inputs, output: hidden.append(output))
+
+    def keep(_module: torch.nn.Module, _inputs: object, output: Tensor) -> None:
+        hidden.append(output)
+
+    hook = model.norm.register_forward_hook(keep)
     losses = [model(sequences) for sequences in ids.split(1)]
     hook.remove()
     x = torch.cat(hidden)[:, :-1].flatten(0, 1)  # (N, D), without the last position, whose next token is not known
