@@ -17,7 +17,9 @@ from bigclass.extras import require
 
 from . import trained
 from .candidate import LOSS_PASSES
+from .candidates import candidates_for
 from .data import LOSS_KINDS, SEED, TRAINED, kinds_for, own_shape
+from .floors import FLOOR
 from .shapes import CROSS_ENTROPY, SHAPES, Shape, parse_shape
 
 if TYPE_CHECKING:
@@ -80,6 +82,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--data", nargs="+", choices=LOSS_KINDS, help="what the logits of losses look like (default: flat; with --scaling: peaked)"
     )
     parser.add_argument("--passes", nargs="+", choices=LOSS_PASSES, help="what is timed (default: all; with --scaling: forward+backward)")
+    parser.add_argument("--only", nargs="+", metavar="CANDIDATE", help=f"these candidates beside {FLOOR!r} (default: everyone)")
     parser.add_argument("--scaling", action="store_true", help="time and memory against N and against C, around one shape, with its plot")
     parser.add_argument(
         "--scale", type=_scale, help="times each of N, C and D of the models' shapes, as 1/8 or 0.125 (default: 1/8 on a CPU, 1 on a GPU)"
@@ -105,6 +108,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     options.passes = [which for which in LOSS_PASSES if which in (options.passes or LOSS_PASSES)]
     options.scale = options.scale or defaults.scale
     options.rounds = options.rounds or defaults.rounds
+    if options.only:
+        known = {c.name for shape in options.shapes for dtype in options.dtype for c in candidates_for(shape, DTYPES[dtype])}
+        if not known.issuperset(options.only):
+            parser.error(f"--only: expected some of {', '.join(sorted(known))}; got {', '.join(options.only)}")
+        options.only = [FLOOR, *options.only]
     return options
 
 
@@ -216,7 +224,7 @@ def _measure(
             def tell(what: str, label: str = f"{shape.name} {dtype} {kind}".replace("torch.", "")) -> None:
                 progress.update(task, description=f"{label}: {what}")
 
-            only = scaling.WHO if options.scaling else None
+            only = options.only or (scaling.WHO if options.scaling else None)
             case = measure_case(
                 shape, dtype, kind, device, rounds=options.rounds, check=options.check, tell=tell, passes=options.passes, only=only
             )

@@ -27,6 +27,8 @@ from benchmarks.reference import TOLERANCE, errors, reference
 from benchmarks.shapes import SHAPES, Shape, parse_shape
 from benchmarks.timing import Staged
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 CPU = torch.device("cpu")
 LOSS = Shape("loss", 96, 301, 32)
 CAPPED = Shape("capped", 96, 301, 32, softcap=30.0)
@@ -35,13 +37,6 @@ BCE = Shape("bce", 24, 3001, 32, loss="bce")
 ASYMMETRIC = Shape("asymmetric", 24, 3001, 32, loss="asymmetric")
 CLIP = Shape("clip", 301, 301, 32, loss="clip")
 SIGLIP = Shape("siglip", 301, 301, 32, loss="siglip")
-
-
-@pytest.fixture(autouse=True)
-def plain_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.compile compiles nothing: a test a dozen candidates wide would spend its time on that."""
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    peers.compiler_reason.cache_clear()
 
 
 def measured(shape: Shape, kind: str) -> Case:
@@ -144,6 +139,17 @@ def test_the_command_writes_every_round_of_every_candidate(tmp_path: Path, capsy
                 assert figures["ratio_to"][FLOOR] > 0
         assert all(absence["reason"] for absence in case["unavailable"])
     assert "engine" in run["cases"][0]["explain"]
+
+
+def test_only_who_is_asked_for_runs_beside_the_floor(tmp_path: Path) -> None:
+    arguments = "--device cpu --shapes 16x90x8 --dtype fp32 --rounds 1 --no-memory --passes backward forward --only dense bigclass"
+    assert main([*arguments.split(), "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*.json")
+    (case,) = json.loads(path.read_text())["cases"]
+    assert {candidate["name"]: list(candidate["passes"]) for candidate in case["candidates"]} == {
+        name: ["forward", "backward"] for name in (FLOOR, DENSE, OURS)
+    }
+    assert case["unavailable"] == []
 
 
 def test_one_vs_all_losses_are_measured_beside_dense_and_the_floor(tmp_path: Path) -> None:
@@ -269,6 +275,7 @@ def test_without_a_compiler_the_compiled_loss_is_unavailable(monkeypatch: pytest
         raise RuntimeError("No working C++ compiler found\nand more")
 
     monkeypatch.setattr(torch, "compile", no_compiler)
+    peers.compiler_reason.cache_clear()
     case = measured(LOSS, "flat")
     reasons = {absence.reason for absence in case.absences if absence.candidate.name == "dense, compiled"}
     assert reasons == {"torch.compile: No working C++ compiler found"}
@@ -307,7 +314,9 @@ def test_an_unknown_shape_is_an_error_that_says_what_was_expected(text: str) -> 
         parse_shape(text)
 
 
-@pytest.mark.parametrize("arguments", ["--scale 0", "--scale 2", "--rounds 0", "--shapes nope", "--threads x", "--data some"])
+@pytest.mark.parametrize(
+    "arguments", ["--scale 0", "--scale 2", "--rounds 0", "--shapes nope", "--threads x", "--data some", "--only nobody"]
+)
 def test_bad_arguments_are_refused(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse_arguments(arguments.split())

@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def written(short_runs: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The JSON file of a small run of `--scaling`."""
     folder = tmp_path_factory.mktemp("scaling")
     arguments = "--device cpu --scaling --shapes 16x200x8 --rounds 1 --no-memory"

@@ -22,6 +22,8 @@ SMALL = DemoSettings(vocab=300, corpus_bytes=300_000, steps=20, batch=2, context
 ROWS = trained.HELD_OUT * 15
 CPU = torch.device("cpu")
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 
 @pytest.fixture(scope="module", autouse=True)
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
@@ -65,10 +67,7 @@ def test_the_shape_of_trained_data_is_the_models_own_with_the_rows_asked_for() -
     assert own_shape(asked, "flat") == asked
 
 
-def test_the_command_runs_the_trained_model_once_and_says_whose_the_shape_is(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+def test_the_command_runs_the_trained_model_once_and_says_whose_the_shape_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = "--device cpu --shapes 64x100x16 64x200x32 --data trained --dtype fp32 --rounds 1 --no-memory --passes forward"
     assert main([*arguments.split(), "--out", str(tmp_path)]) == 0
     assert "the trained model's own" in capsys.readouterr().out
