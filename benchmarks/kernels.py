@@ -40,6 +40,8 @@ import torch
 from torch import Tensor
 
 from bigclass.core import Dot, Fold, LogSumExp, Map, ShiftedMoment, Softcap, Stream, Total
+from bigclass.core.engines.filter import ColumnFilter
+from bigclass.core.engines.tiles import Pool
 from bigclass.extras import require
 from bigclass.losses.margin_folds import CurricularLogSumExp, GroupedLogSumExp
 from bigclass.losses.one_vs_all import LOSSES
@@ -65,6 +67,7 @@ UNITS = {
 }
 # fmt: on
 COPIES = {"fold": 2, "gradient": 1}
+PRODUCTS = ("add_dx", "add_dw")  # tiles, too, of a filtered gradient's kept columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +76,8 @@ class Recipe:
 
     bias_last: the bias, then fp32, is added behind the scale. learnt_scale: a parameter multiplies the logits. given: an N x C tensor is
     added to them. weights: folds read class vectors, where they may. stored: the products lie in memory, as when gradients are made in the
-    forward. All gradients leave rows out (`keep`); of stored products they are boosted, as for fp16."""
+    forward. filtered: products of the gradient are of chosen columns. All gradients leave rows out (`keep`); of stored products they are
+    boosted, as for fp16."""
 
     folds: tuple[Fold, ...]
     picks: int = 0
@@ -86,6 +90,7 @@ class Recipe:
     weights: bool = False
     stored: bool = False
     learnt_scale: bool = False
+    filtered: bool = False
 
 
 _REST = LogSumExp(exclude_picks=True)  # of the classes that a row did not pick
@@ -135,6 +140,7 @@ RECIPES = {
     "stored curricular": Recipe((CurricularLogSumExp((64.0,), exclude_picks=True),), picks=1, class_scale=True, stored=True),
     "stored 4 centres": Recipe((GroupedLogSumExp((4.0,), exclude_picks=True),), picks=4, class_scale=True, stored=True),
     "stored": Recipe((_REST,), picks=1, stored=True),
+    "filtered": Recipe((_REST,), picks=1, filtered=True),
     "stored entropy": Recipe((_REST, ShiftedMoment()), picks=1, bias=True, stored=True),
 }
 
@@ -189,9 +195,19 @@ class _Driver:
         return torch.device("cpu")
 
 
+class _All(ColumnFilter):
+    """A filter that keeps everything, of norms that nobody computed."""
+
+    def __init__(self) -> None:
+        pass
+
+    def choose(self, norms: Tensor, forced: Tensor | None, blocks: Tensor) -> Tensor:
+        return torch.ones(norms.shape, dtype=torch.bool)
+
+
 def compile_recipe(recipe: Recipe, dtype: torch.dtype, features: int, arch: str) -> list[Compiled]:
     """Every kernel of a forward and a backward. Triton's driver must name the same architecture."""
-    from bigclass.core.engines.fused import Problem, launch
+    from bigclass.core.engines.fused import Problem, filtered, launch
 
     n, c, k = ROWS, CLASSES, recipe.picks
     rows, columns, at_picks = torch.empty(n), torch.empty(c), torch.empty(n, k) if k else None
@@ -221,6 +237,11 @@ def compile_recipe(recipe: Recipe, dtype: torch.dtype, features: int, arch: str)
         problem.fold(at_picks)
         g = torch.empty(n, c, dtype=dtype)
         problem.add_picks(at_picks, problem.gradient(states, grads, keep, g, boost), g, boost)
+        if recipe.filtered:
+            kept = filtered.choose(problem, g, 0, _All(), Pool(g, torch.float32))
+            xs, ws = zip(*pairs, strict=True)
+            wide = [[torch.empty(t.shape) for t in ts] for ts in (xs, ws)]
+            filtered.multiply(g, kept, xs, ws, *wide, 1.0, 1.0, Pool(g, torch.float32))
         return list(compiled)
 
 
@@ -246,8 +267,9 @@ def _row(arch: str, dtype: str, recipe: str, features: tuple[int, ...], made: Co
     kernel, config = made.kernel.metadata.name, made.config
     binary = read_binary(made.kernel.asm["cubin"], made.kernel.asm["ptx"], made.kernel.metadata.shared, brief)
     tile, per_logit = "", None
-    if config is not None and kernel in COPIES:
+    if config is not None and kernel in (*COPIES, *PRODUCTS):
         tile = f"{config.BM}x{config.BN}x{config.BK}, {config.warps}w {config.stages}s"
+    if config is not None and kernel in COPIES:
         logits = config.BM * config.BN / (32 * config.warps)
         aligned = all(d % 8 == 0 for d in features)
         if binary.arithmetic is not None and (RECIPES[recipe].stored or (dtype != "fp32" and aligned)):

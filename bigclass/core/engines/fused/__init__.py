@@ -521,7 +521,7 @@ class _Source:
     def gradient(
         self, r: Span, c: Span, pairs: Sequence[tuple[Tensor, Tensor]], up: _Up, stored: Tensor | None, sink: Sink
     ) -> tuple[Tensor, filtered.Kept | None]:
-        """G of rows r and classes c, in the type of the products and boosted; which of its columns the sink's filter keeps, if it has one."""
+        """G of rows r and classes c, in the type of the products and boosted. Which columns the sink's filter keeps, if it has one."""
         out = self._slab(r.size, c.size, self.dtype)
         states = [s if f.axis == "rows" else tuple([t[c.start : c.stop] for t in s]) for f, s in zip(self.folds, up.states, strict=True)]
         grads = [

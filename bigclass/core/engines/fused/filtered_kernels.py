@@ -6,8 +6,8 @@
     add_dx        out[i, :] += alpha sum over m < count of K_im w[columns[m], :]
     add_dw        out[columns[m], :] += alpha sum over i of K_im x[i, :]
 
-How many columns are kept is read from memory, never by the host: a grid is made for all of them, and what lies behind `count` is no work. Each
-element of a sum has one program to its own, for a column stands once in a list: it reads the sum, adds, and writes it back.
+How many columns are kept is read from memory, never by the host: a grid is made for all of them, and what lies behind `count` is no work.
+Each element of a sum has one program to its own, for a column stands once in a list: it reads the sum, adds, and writes it back.
 """
 
 # pyright: reportOperatorIssue=false, reportArgumentType=false
@@ -80,7 +80,7 @@ def _add(out, rows, d, value, inside, stride, D):
 
 @triton.jit(do_not_specialize=["N", "band"])
 def add_dx(kept, columns, counts, w, out, alpha, band, N, D, kept_stride, w_stride, out_stride,
-           BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr, EVEN_D: tl.constexpr,
+           BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr,
            PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
     """kept: (N, whole blocks). A tile is BM rows x BN features; rows of w are read where they lie, BK classes at a time."""
     count = tl.load(counts + band)
@@ -94,7 +94,7 @@ def add_dx(kept, columns, counts, w, out, alpha, band, N, D, kept_stride, w_stri
         column = tl.load(columns + tl.minimum(m, count - 1)).to(tl.int64)
         at = w + column[:, None] * w_stride + d[None, :]
         a = kept.load([tile * BM, m0]) if TMA else tl.load(kept + row[:, None] * kept_stride + m[None, :])
-        b = tl.load(at) if EVEN_D else tl.load(at, mask=(d < D)[None, :], other=0.0)
+        b = tl.load(at, mask=(d < D)[None, :], other=0.0)
         if INTERPRETED:  # where bf16 blocks multiply as if their bits were integers
             a, b = a.to(tl.float32), b.to(tl.float32)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
@@ -103,7 +103,7 @@ def add_dx(kept, columns, counts, w, out, alpha, band, N, D, kept_stride, w_stri
 
 @triton.jit(do_not_specialize=["N", "band"])
 def add_dw(kept, columns, counts, x, out, alpha, band, N, D, kept_stride, x_stride, out_stride,
-           BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr, EVEN_D: tl.constexpr,
+           BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr,
            PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
     """kept: (N, whole blocks). A tile is BM kept classes x BN features, BK rows at a time."""
     count = tl.load(counts + band)
@@ -120,7 +120,7 @@ def add_dw(kept, columns, counts, x, out, alpha, band, N, D, kept_stride, x_stri
             row = tl.minimum(rows, N - 1).to(tl.int64)  # behind the last: it again, times zeros
             a = tl.load(kept + row[:, None] * kept_stride + m[None, :], mask=(rows < N)[:, None], other=0.0)
             at = x + row[:, None] * x_stride + d[None, :]
-            b = tl.load(at) if EVEN_D else tl.load(at, mask=(d < D)[None, :], other=0.0)
+            b = tl.load(at, mask=(d < D)[None, :], other=0.0)
         if INTERPRETED:
             a, b = a.to(tl.float32), b.to(tl.float32)
         acc = tl.dot(a.T, b, acc, input_precision=PRECISION)
