@@ -21,6 +21,7 @@ from tests.losses.test_lora import adapters, leaves
 from tests.support import error, exact_nll
 
 filtered = pytest.importorskip("bigclass.core.engines.fused.filtered", reason="Triton is not installed")
+Problem = pytest.importorskip("bigclass.core.engines.fused").Problem
 
 BAND, CLASSES, CHUNK = 17, 48, 30  # rows of a block at most; classes of a slab; rows of a chunk where gradients come with the loss
 BACK = -12.0  # added to the logits of one-vs-all losses: sigmoids near 1 would be spread evenly
@@ -294,3 +295,36 @@ def test_targets_that_lead_are_no_reason_to_drop_the_rest():
     (exact,) = torch.autograd.grad(exact_nll(logits, y).sum(), logits)
     (got,) = torch.autograd.grad(bigclass.linear_cross_entropy(x, w, y, reduction="none", grad_filter=2.0**-4, engine="fused").sum(), x)
     assert dropped(got, exact, y[:, None], 2.0**-4, n, torch.float32) > 0.1
+
+
+@pytest.mark.parametrize("gradients", ["forward", "recompute"])
+def test_work_buffers_take_no_more_than_planned(gradients, monkeypatch):
+    buffers, plans = {}, []
+    get, make = Pool.get, problem.make_plan
+
+    def noted(pool, name, rows, cols):
+        t = get(pool, name, rows, cols)
+        buffers[name] = max(buffers.get(name, 0), t.nbytes)
+        return t
+
+    monkeypatch.setattr(Pool, "get", noted)
+    monkeypatch.setattr(problem, "make_plan", lambda *args: plans.append(make(*args)) or plans[-1])
+    monkeypatch.setattr(filtered, "FILTER_BAND", chooser.FILTER_BAND)  # as the planner knows it
+    x, w = uneven(100, 300, 16, torch.bfloat16)
+    with bigclass.planning(workspace=1 << 20, gradients=gradients):
+        loss = bigclass.linear_cross_entropy(x, w, torch.arange(100), grad_filter=2.0**-5, engine="fused")
+        assert isinstance(loss, Tensor)
+        loss.backward()
+    assert "kept columns" in buffers and sum(buffers.values()) <= plans[-1].workspace <= 1 << 20
+
+
+def test_nothing_is_read_on_the_host(monkeypatch):
+    """On the meta device nothing can be."""
+    n, c, d = 40, 100, 12
+    monkeypatch.setattr(filtered.launch, "start", lambda *_: None)
+    with torch.device("meta"):
+        g, x, w, picks = torch.empty(n, c), torch.empty(n, d), torch.empty(c, d), torch.empty(n, 2, dtype=torch.int32)
+        columns, pool = chooser.ColumnFilter(0.01, n, c, torch.empty(0)), Pool(x, torch.float32)
+        kept = filtered.choose(Problem(Stream(((x, w),)), (), (), n, c, picks), g, 0, columns, pool)
+        filtered.multiply(g, kept, [x], [w], [torch.empty(n, d)], [torch.empty(c, d)], 1.0, 1.0, pool)
+        assert columns.report().shape == chooser.exact_report(x).shape == (2,)

@@ -117,7 +117,7 @@ IEEE = Config(64, 32, 16, 8, 2, False, registers=255)
 
 # The products of the gradient's kept columns (filtered.py): rows or kept classes x features, classes or rows of the sum at a time. One
 # tile for aligned operands and others. Registers of a thread for dx / dw, compiled by Triton 3.8 and not timed: sm_80 170 / 128, in fp32
-# 243 / 167; sm_90 228 / 247, 185 / 176; sm_100 126 / 120, 182 / 170. On sm_90 4 warps spilled, 128x256 in dx too, on sm_100 any 128x256.
+# 243 / 167; sm_90 228 / 247, 185 / 176; sm_100 126 / 120, 182 / 170. 128x256 spilled in dx on sm_90 and sm_100, 128x128 by 4 warps too.
 PRODUCTS: dict[tuple[str, int], Config] = {
     ("sm_80", 2): Config(128, 128, 32, 8, 3, False),
     ("sm_80", 4): Config(64, 64, 32, 8, 3, False),
