@@ -137,7 +137,20 @@ LOSS = {
     "shift negative": (VALUE, ("shift", ">= 0", "-1"), {"shift": -1}),
     "shift float": (VALUE, ("shift", "integer", "1.0"), {"shift": 1.0}),
     "shift of a single row": (VALUE, ("shift", "(..., T, D)"), {"input": X[0], "target": Y[0], "shift": 1}),
-    "filter": ((NotImplementedError, RuntimeError), ("grad_filter", "None"), {"grad_filter": 2.0**-8}),
+    "filter 0": (VALUE, ("grad_filter", "None", "between 0 and 1", "0.0"), {"grad_filter": 0.0}),
+    "filter negative": (VALUE, ("grad_filter", "between 0 and 1", "-0.1"), {"grad_filter": -0.1}),
+    "filter 1": (VALUE, ("grad_filter", "between 0 and 1", "1.0"), {"grad_filter": 1.0}),
+    "filter NaN": (VALUE, ("grad_filter", "between 0 and 1", "nan"), {"grad_filter": float("nan")}),
+    "filter a string": (TYPE, ("grad_filter", "number", "'auto'"), {"grad_filter": "auto"}),
+    "filter True": (TYPE, ("grad_filter", "number", "True"), {"grad_filter": True}),
+    "filter a tensor": (TYPE, ("grad_filter", "number", "tensor"), {"grad_filter": torch.tensor(0.1)}),
+    "filter below rounding": (VALUE, ("grad_filter", "float32", "cannot be promised", "None"), {"grad_filter": 2.0**-25}),
+    "filter of probabilities": (VALUE, ("grad_filter", "dense target", "None"), {"target": P, "grad_filter": 0.1}),
+    "filter, K-dimensional stats": (
+        VALUE,
+        ("return_stats", "grad_filter"),
+        {"linear_weight": WK, "target": torch.stack((Y, Y), 1), "grad_filter": 0.1, "return_stats": True},
+    ),
 }
 
 
