@@ -15,7 +15,8 @@ from bigclass.core.compare import compare_sum
 from bigclass.core.divergences import Forward
 from bigclass.core.folds import LogSumExp
 from bigclass.core.norms import inverse_norms
-from bigclass.core.op import empty_report, reduce_logits
+from bigclass.core.op import empty_report, reduce_logits, stream_loss
+from bigclass.core.row_losses import register_row_loss
 from bigclass.core.stream import Softcap, Stream
 from tests.filter_support import KINDS, TOLERANCES, blocks, draw, gradients, left_out, ratios, tiles, without_picks
 
@@ -159,6 +160,27 @@ def test_bias_and_scale_gradients_are_those_without_a_filter(plan, tail):
     assert (made[0] - exact[0]).norm() > 1e-3 * exact[0].norm(), "nothing was left out"
     for a, e in zip(made[1:], exact[1:], strict=True):
         torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-15)
+
+
+@register_row_loss("test_filter_plain")
+def plain_row_loss(folds, picked, args, numbers):
+    """LSE - s_y as it stands, of a sum that holds the pick."""
+    return folds[0][0] + folds[0][1].log() - picked[:, 0]
+
+
+@pytest.mark.parametrize("plan", PLANS[:2])
+@pytest.mark.parametrize("kind", ["early", "popular", "onehot"])
+def test_picks_that_the_fold_holds_are_no_part_of_the_promise_either(kind, plan):
+    """Pitfall 44, in its second form: what the sum itself gives the target's entry."""
+    x, w, b, y = draw(kind, N, C, C, identity=True)
+    with tiles(*TILE), bigclass.planning(gradients=plan):
+        made, exact = (
+            gradients(
+                stream_loss(Stream(((x, w),), bias=b, grad_filter=t), y[:, None], [LogSumExp()], "test_filter_plain", engine="tiled"), x
+            )[0]
+            for t in (2.0**-5, 0.0)
+        )
+    assert max(ratios(made, exact, y[:, None], blocks(N, *TILE[::2]))) <= 2.0**-5
 
 
 @pytest.mark.parametrize("form", ["plain", "bias last", "given", "class scale", "two pairs", "normalized", "softcap", "frozen features"])
