@@ -42,6 +42,13 @@ DENSE_BYTES = 2 * MIB
 # chunks of full-rate GEMMs at a vocabulary of 128k (by the sizes; not yet measured on one).
 DEFAULT_WORKSPACE = {"cpu": 80 * MIB, "other": 1024 * MIB}
 
+# The same with the certified filter, on a CPU: of all passes the one over the kept rows' logits is then what counts, and chunks of 512 rows
+# make it at the library's rate (160 rows: 20 % below, on two cores of a Xeon, Sapphire Rapids).
+FILTERED_WORKSPACE = 256 * MIB
+
+# Elements of w, and as many of dw, that the filter gathers at once for the kept columns of a block of rows: 4 MiB of fp32.
+GATHERED = 1 << 20
+
 # Rows of a chunk under which its GEMMs lose more than the fourth pass of "recompute" costs.
 MIN_CHUNK_ROWS = {"cpu": 128, "other": 1024}
 
@@ -223,7 +230,8 @@ def choose_gradients(work: Work, options: Settings) -> str:
 def _chunk_rows(work: Work, options: Settings) -> int:
     """Rows of logits that fit the workspace beside the tile buffers of the gradient."""
     tiles = (work.buffers - 1) * min(_tile_elements(work, options), work.n * work.c) * work.item
-    fit = max(_workspace(work, options) - tiles - 2 * _cast_bytes(work, options), 0) // max(work.c * work.item, 1)
+    spare = tiles + 2 * _cast_bytes(work, options) + _filter_bytes(work)
+    fit = max(_workspace(work, options) - spare, 0) // max(work.c * work.item, 1)
     return min(fit, _cast_limit(work, options, 1))
 
 
@@ -232,7 +240,17 @@ def _tile_elements(work: Work, options: Settings) -> int:
 
 
 def _workspace(work: Work, options: Settings) -> int:
-    return work.of(DEFAULT_WORKSPACE) if options.workspace is None else options.workspace
+    if options.workspace is not None:
+        return options.workspace
+    return FILTERED_WORKSPACE if work.filtered and work.device == "cpu" else work.of(DEFAULT_WORKSPACE)
+
+
+def _filter_bytes(work: Work) -> int:
+    """What the tiled engine's filter takes beside its tiles: rows of w and of dw, their columns of G, squares (4 MiB at most), norms."""
+    if not work.filtered or work.device != "cpu":
+        return 0
+    columns = min(max(GATHERED // max(work.d, 1), 64), work.c)
+    return work.item * (2 * columns * work.d + columns * min(work.n, 512) + 3 * work.c) + 4 * MIB
 
 
 def _cast_bytes(work: Work, options: Settings) -> int:
@@ -291,7 +309,8 @@ def make_plan(work: Work, engine: str = "auto", options: Settings | None = None)
             why.append("dw stays fp32 until the upstream gradient arrives (one C x D fp32 buffer)")
         tiles = (work.buffers - 1) * chunk * class_block * work.item
         cast = (chunk + class_block) * work.d * work.item if work.half else 0
-        return Plan(name, gradients, chunk, row_block, class_block, kept + tiles + cast, tuple(why))
+        why += _of_filter(work)
+        return Plan(name, gradients, chunk, row_block, class_block, kept + tiles + cast + _filter_bytes(work), tuple(why))
     row_block = min(n, CPU_ROW_BLOCK) if work.device == "cpu" else n
     row_block = max(min(row_block, elements // min(c, 1024), _cast_limit(work, options, 1)), 1)
     row_block = -(-n // -(-n // row_block))
@@ -316,7 +335,17 @@ def make_plan(work: Work, engine: str = "auto", options: Settings | None = None)
         if work.grad:
             cast += n * work.d * work.item
             why.append("dx is summed over slabs of classes in one N x D fp32 buffer")
-    return Plan(name, gradients, 0, row_block, class_block, tiles + cast, tuple(why))
+    why += _of_filter(work)
+    return Plan(name, gradients, 0, row_block, class_block, tiles + cast + _filter_bytes(work), tuple(why))
+
+
+def _of_filter(work: Work) -> list[str]:
+    """What the tiled engine makes of a filter, in words."""
+    if not work.filtered:
+        return []
+    if work.device != "cpu":
+        return ["the filter drops nothing here: how many columns it keeps would have to be read by the host, and waited for"]
+    return ["the filter leaves small columns of the gradient out of its two products"]
 
 
 def _slab_plan(work: Work, gradients: str, options: Settings, why: list[str]) -> Plan:
@@ -338,7 +367,8 @@ def _slab_plan(work: Work, gradients: str, options: Settings, why: list[str]) ->
         size += (row_block + copies * class_block) * work.d * work.item + n * work.d * work.item
         if gradients == "slabs":
             why.append("dw stays fp32 until the upstream gradient arrives (one C x D fp32 buffer)")
-    return Plan("tiled", gradients, 0, row_block, class_block, size, tuple(why))
+    why += _of_filter(work)
+    return Plan("tiled", gradients, 0, row_block, class_block, size + _filter_bytes(work), tuple(why))
 
 
 def pair_work(*, maps: int, **described: Any) -> Work:
@@ -445,6 +475,7 @@ def explain(
     softcap: float | None = None,
     label_smoothing: float = 0.0,
     return_stats: bool = False,
+    grad_filter: float | None = None,
     one_vs_all: bool = False,
     subcenters: int | None = None,
     teacher_features: int | None = None,
@@ -457,7 +488,7 @@ def explain(
     Args:
         rows, classes, features: N, C and D. dtype: of the features and the weights. device: where they lie.
         requires_grad: will a backward follow?
-        reduction, softcap, label_smoothing, return_stats, engine: as in the call.
+        reduction, softcap, label_smoothing, return_stats, grad_filter, engine: as in the call.
         one_vs_all: is it `linear_binary_cross_entropy` or another sum of elementwise terms (folds may name them)?
         subcenters: of a `linear_margin_loss` (1: a weight of C rows, K: of C K); None: it is none. Its norms of weights, one fp32 a row,
             and normalised features are not counted.
@@ -513,6 +544,7 @@ def explain(
         masked=margin or (folds is None and not one_vs_all),
         cast=margin and half,  # normalised features are fp32 up to their product
         group=math.lcm(*[f.group for f in of_folds]),
+        filtered=bool(grad_filter) and requires_grad,
     )
     if choose_gradients(work, settings()) == "recompute":  # by `reduce_logits`, then
         work = replace(work, buffers=tile_buffers(lone, False, len(of_maps)))

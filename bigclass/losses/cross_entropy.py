@@ -68,7 +68,7 @@ def linear_cross_entropy(
         z_loss: adds z_loss * LSE^2 to each row's loss (PaLM, arXiv:2204.02311); in the mean it is averaged over the kept rows.
         grad_filter: None: exact gradients. A tolerance t such as 2**-8: columns of the logits' gradient that are too small to matter are
             left out of its two products, for the weight and for the features.
-            Promised, for each block of 128 rows: let G' be that gradient without its entries at the targets, row weights and z-loss
+            Promised, for each block of (up to 512) rows: let G' be that gradient without its entries at the targets, row weights and z-loss
             included; then ||G' left out||_F <= t ||G'||_F.
             Exact as ever are the loss and the gradients of linear_bias and logit_scale. A target's own entry is never left out.
             Nothing at all is left out in a block that would keep more than 60 % of its columns, as early in training, where the gradient

@@ -44,6 +44,7 @@ class ColumnFilter:
         self._least = 1e3 * torch.finfo(like.dtype).tiny * classes / tolerance**2
         self._total, self._spent = like.new_zeros(rows, dtype=wide), like.new_zeros(rows, dtype=wide)
         self._kept, self._seen = like.new_zeros(rows, dtype=wide), like.new_zeros(rows, dtype=wide)
+        self._back = like.new_zeros(rows, dtype=wide)
 
     def choose(self, norms: Tensor, forced: Tensor | None, blocks: Tensor) -> Tensor:
         """(b, c) bool: the columns to keep.
@@ -62,11 +63,16 @@ class ColumnFilter:
         self._seen[blocks] += norms.shape[1]
         return keep
 
+    def returned(self, block: int, back: Tensor) -> None:
+        """Of what a block dropped, a part of this squared norm is back (tail.py): it counts in the report, not in what may be spent."""
+        self._back[block] += back * SLACK
+
     def report(self) -> Tensor:
         """(2,): share of all columns that were kept, and the largest ||G' dropped|| / ||G'|| of a block."""
         seen = self._seen.sum()
         share = torch.where(seen > 0, self._kept.sum() / seen.clamp_min(1.0), 1.0)
-        ratio = torch.where(self._spent > 0, self._spent / self._total, 0.0).sqrt()
+        lost = (self._spent - self._back).clamp_min(0.0)
+        ratio = torch.where(self._spent > 0, lost / self._total, 0.0).sqrt()
         return torch.stack((share, ratio.amax() if ratio.numel() else share * 0.0))
 
 

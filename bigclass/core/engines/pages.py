@@ -7,7 +7,7 @@ does not know a request (madvise's MADV_POPULATE_WRITE is of Linux 5.14) it is a
 
 The largest work buffer of a call is kept for the next one (`borrow`, `give_back`), its pages marked free (MADV_FREE, Linux 4.5): the kernel
 takes them when memory runs short, and as long as it does not, the next call finds them without a fault. A process holds at
-most one such buffer, of at most 128 MiB; elsewhere than on Linux it holds none.
+most one such buffer, of at most 256 MiB; elsewhere than on Linux it holds none.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 _SMALLEST = 4 << 20  # bytes below which a tensor is not worth the calls
-_LARGEST = 128 << 20  # bytes above which a buffer is not kept
+_LARGEST = 256 << 20  # bytes above which a buffer is not kept
 _PAGE = 4096
 _MADV_FREE, _MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 8, 14, 23
 
@@ -52,9 +52,9 @@ def _counts(like: Tensor, size: int) -> bool:
     return like.device.type == "cpu" and size >= _SMALLEST and type(like) in (Tensor, torch.nn.Parameter)
 
 
-def fresh(like: Tensor, shape: torch.Size | int, dtype: torch.dtype) -> Tensor:
-    """`like.new_empty(shape, dtype)` whose pages are there."""
-    t = like.new_empty(shape, dtype=dtype)
+def fresh(like: Tensor, shape: torch.Size | int, dtype: torch.dtype, *, zeros: bool = False) -> Tensor:
+    """`like.new_empty(shape, dtype)` whose pages are there. zeros: `new_zeros`, which as pages come zeroed costs no more."""
+    t = like.new_zeros(shape, dtype=dtype) if zeros else like.new_empty(shape, dtype=dtype)
     if _counts(t, t.numel() * t.element_size()):
         _advise(t, _MADV_HUGEPAGE, _MADV_POPULATE_WRITE)
     return t

@@ -18,80 +18,20 @@ Sums are in fp32 (fp64); a slab of dw is finished, and cast once, when its last 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bigclass.core.engines.filter import FILTER_ROWS, ColumnFilter, exact_report
+from bigclass.core.engines.columns import Columns
+from bigclass.core.engines.filter import ColumnFilter, exact_report
 from bigclass.core.engines.pages import fresh
+from bigclass.core.engines.tail import Tail, Tails
 from bigclass.core.engines.tiles import Span, TileMaker, Where, product, spans
 from bigclass.core.folds import Fold, State, Tile
 from bigclass.core.norms import through_norms
-
-GATHERED = 1 << 20  # elements of w (and as many of dw) that are gathered at once for the kept columns of a block: 4 MiB
+from bigclass.core.plan import GATHERED
 
 OnSlab = Callable[[int, int, Tensor], None]  # (first class, class behind the last, their finished dw in fp32, to be used up)
-
-
-@dataclass(slots=True)
-class Measured:
-    """What the filter knows of a tile of dL/dz, by its blocks of rows.
-
-    rows: of the blocks, counted from the tile's first. blocks: their names (filter.py). norms: (b, c) squared norms of the columns without
-    the picks. forced: (b, c) bool, columns with a pick; None: none. moments: (b, c) what each column adds to d(scale); None: not asked.
-    """
-
-    rows: list[Span]
-    blocks: Tensor
-    norms: Tensor
-    forced: Tensor | None
-    moments: Tensor | None
-
-    @classmethod
-    def empty(cls, like: Tensor, r: Span, scaled: bool, columns: int | None = None) -> Measured:
-        """For rows r; columns: how many, if not as many as `like` has."""
-        rows = spans(r.size, FILTER_ROWS)
-        shape = len(rows), like.shape[1] if columns is None else columns
-        blocks = torch.tensor([r.start + block.start for block in rows], device=like.device)
-        return cls(rows, blocks, like.new_empty(shape), None, like.new_empty(shape) if scaled else None)
-
-    def take(self, tile: Measured, c: Span) -> None:
-        """Take over what is known of the tile of classes c."""
-        self.norms[:, c.start : c.stop] = tile.norms
-        if self.moments is not None and tile.moments is not None:
-            self.moments[:, c.start : c.stop] = tile.moments
-        if tile.forced is not None:
-            if self.forced is None:
-                self.forced = torch.zeros(self.norms.shape, dtype=torch.bool, device=self.norms.device)
-            self.forced[:, c.start : c.stop] = tile.forced
-
-    def cut(self, c: Span) -> Measured:
-        """That of classes c."""
-        moments = None if self.moments is None else self.moments[:, c.start : c.stop]
-        return Measured(self.rows, self.blocks, self.norms[:, c.start : c.stop], None, moments)
-
-    def take_norms(self, g: Tensor, where: Where, maker: TileMaker) -> None:
-        """Fill in norms and forced columns."""
-        flat, saved = None, None
-        if where is not None:
-            flat = torch.as_strided(g, (g.numel() + 1,), (1,))
-            saved = flat[where[0]]
-            flat[where[0]] = 0.0
-            self.forced = self._with_picks(where, g.shape[1])
-        for b, rows in enumerate(self.rows):
-            part = g[rows.start : rows.stop]
-            torch.sum(torch.mul(part, part, out=maker.pool.get("squares", *part.shape)), 0, out=self.norms[b])
-        if flat is not None and saved is not None and where is not None:
-            flat[where[0]] = saved
-
-    def _with_picks(self, where: Where, columns: int) -> Tensor:
-        assert where is not None
-        flat, inside = where
-        forced = torch.zeros((len(self.rows), columns + 1), dtype=torch.bool, device=flat.device)  # the last for picks elsewhere
-        block = torch.arange(flat.shape[0], device=flat.device).unsqueeze(1) // FILTER_ROWS
-        forced[block.expand_as(flat), torch.where(inside, flat % max(columns, 1), columns)] = True
-        return forced[:, :columns]
 
 
 class Sink:
@@ -124,11 +64,17 @@ class Sink:
         def final(t: Tensor) -> torch.dtype:
             return acc if keep_wide else t.dtype
 
+        like, c = st.tensors[0], maker.c
+        self.filter: ColumnFilter | None = None
+        # Elsewhere than on a CPU reading how many columns are kept would be a host sync. A scale of 0 hides what its gradient is made of.
+        if filtered and st.grad_filter and st.device.type == "cpu" and not (need_scale and maker.alpha == 0.0):
+            self.filter = ColumnFilter(st.grad_filter, max(self.rows.count, 1), c, like.new_empty(0, dtype=acc))
+            maker.keeps_z = need_scale
+        self._zeroed = zeros = self.filter is not None  # products that leave columns out only add
         self.dx = [x.new_zeros(x.shape, dtype=final(x)) if need else None for (x, _), need in zip(st.pairs, self.need_x, strict=True)]
         self.on_slab = on_slab
         stored = [need and on_slab is None for need in self.need_w]
-        self.dw = [fresh(w, w.shape, final(w)) if need else None for (_, w), need in zip(st.pairs, stored, strict=True)]
-        like, c = st.tensors[0], maker.c
+        self.dw = [fresh(w, w.shape, final(w), zeros=zeros) if need else None for (_, w), need in zip(st.pairs, stored, strict=True)]
         self.db = like.new_zeros(c, dtype=acc) if self.need_bias or (need_scale and st.bias is not None and not st.bias_last) else None
         self.dcs = like.new_zeros(c, dtype=acc) if self.need_cs else None
         self.dgiven = st.given.new_zeros(st.given.shape, dtype=final(st.given)) if self.need_given and st.given is not None else None
@@ -139,21 +85,20 @@ class Sink:
             for f, flags in zip(folds, self.need_folds, strict=True)
         ]
         # dw is summed where it will be returned, if that is wide enough; else in a slab's work buffer, or in a whole one
-        self._dw_sum = [self._sum_buffer(t, whole) for t in self.dw]
+        self._dw_sum = [self._sum_buffer(t, whole, zeros) for t in self.dw]
         if self.need_cs and whole:  # its gradient is read off dw, so a frozen w needs the sum too
-            self._dw_sum = [fresh(w, w.shape, acc) if t is None else t for t, (_, w) in zip(self._dw_sum, st.pairs, strict=True)]
+            self._dw_sum = [
+                fresh(w, w.shape, acc, zeros=zeros) if t is None else t for t, (_, w) in zip(self._dw_sum, st.pairs, strict=True)
+            ]
+        # Where rows are whole, so are tails; elsewhere each slab has its own, added at once.
+        self.tails = Tails(maker, self.dx, self._dw_sum) if whole and zeros else None
         self._dx_sum: list[Tensor | None] = [None] * len(st.pairs)
         self.wants_tensors = any(any(flags) for flags in self.need_folds)
-        self.filter: ColumnFilter | None = None
-        # Elsewhere than on a CPU reading how many columns are kept would be a host sync. A scale of 0 hides what its gradient is made of.
-        if filtered and st.grad_filter and st.device.type == "cpu" and not (need_scale and maker.alpha == 0.0):
-            self.filter = ColumnFilter(st.grad_filter, max(self.rows.count, 1), maker.c, like.new_empty(0, dtype=acc))
-            maker.keeps_z = need_scale
 
-    def _sum_buffer(self, t: Tensor | None, whole: bool) -> Tensor | None:
+    def _sum_buffer(self, t: Tensor | None, whole: bool, zeros: bool) -> Tensor | None:
         if t is None or t.dtype == self.maker.dtype:
             return t
-        return fresh(t, t.shape, self.maker.dtype) if whole else None
+        return fresh(t, t.shape, self.maker.dtype, zeros=zeros) if whole else None
 
     def open_rows(self, span: Span) -> None:
         """Begin the sums of dx over classes for rows `span`."""
@@ -193,9 +138,11 @@ class Sink:
             self._begin(live is not None, sums, r, first_rows, first_classes)
             self._multiply(g, xs, ws, sums, r, c, live, first_rows, first_classes)
             return
-        tile = self.measured(g, None if values is None else values[0], r, c, where, live)
-        keep = self.filter.choose(tile.norms, tile.forced, tile.blocks)
-        self.add_kept(g, keep, tile, xs, ws, sums, r, c, first_rows=first_rows, first_classes=first_classes, live=live)
+        z = None if values is None else values[0]
+        columns = Columns.empty(g, r, g.shape[1], picked=where is not None, scaled=self.dscale is not None and z is not None)
+        self.measure(columns, g, z, r, c, where, live)
+        keep = self.filter.choose(columns.norms, columns.forced, columns.blocks)
+        self.add_kept(g, keep, columns, xs, ws, sums, r, c, first_rows=first_rows, first_classes=first_classes, live=live)
 
     def settled(self, g: Tensor, values: list[Tensor] | None, r: Span, c: Span, live: Tensor | None = None) -> Tensor:
         """dL/dz of a tile, with everything taken from it that needs no product."""
@@ -216,16 +163,14 @@ class Sink:
                 self.rows.put(self.dgiven[:, c.start : c.stop], r, part.to(self.dgiven.dtype))
         return g
 
-    def measured(self, g: Tensor, z: Tensor | None, r: Span, c: Span, where: Where, live: Tensor | None = None) -> Measured:
-        """What the filter must know of a settled tile (r, c') of the columns c' = live, or all."""
-        made = Measured.empty(g, Span(r.start, r.stop), self.dscale is not None and z is not None)
-        made.take_norms(g, where, self.maker)
-        if made.moments is not None and z is not None:
+    def measure(self, columns: Columns, g: Tensor, z: Tensor | None, r: Span, c: Span, where: Where, live: Tensor | None = None) -> None:
+        """Tell the filter of a settled tile (r, c') of the columns c' = live, or all."""
+        columns.measure(g, where, self.maker.pool)
+        if columns.moments is not None and z is not None:
             torch.mul(g, self._unscaled(z, r, c, live), out=(buffer := self.maker.pool.get("squares", *g.shape)))
             buffer.masked_fill_(g == 0.0, 0.0)  # where a bias of -inf is
-            for b, rows in enumerate(made.rows):
-                torch.sum(buffer[rows.start : rows.stop], 0, out=made.moments[b])
-        return made
+            for b, rows in enumerate(columns.rows):
+                torch.sum(buffer[rows.start : rows.stop], 0, out=columns.moments[b])
 
     def _unscaled(self, z: Tensor, r: Span, c: Span, live: Tensor | None) -> Tensor:
         """class_scale sum_p x_p w_p^T, from z."""
@@ -241,7 +186,7 @@ class Sink:
         return y if st.given is None else y - part(self.rows.take(st.given, r))
 
     def add_kept(
-        self, g: Tensor, keep: Tensor, tile: Measured, xs: list[Tensor], ws: list[Tensor], sums: list[Tensor | None], r: Span, c: Span,
+        self, g: Tensor, keep: Tensor, tile: Columns, xs: list[Tensor], ws: list[Tensor], sums: list[Tensor | None], r: Span, c: Span,
         *, first_rows: bool, first_classes: bool, live: Tensor | None = None,
     ) -> None:  # fmt: skip
         """The products of those columns of a settled tile that are kept (blocks, c')."""
@@ -259,18 +204,52 @@ class Sink:
             if count == g.shape[1]:
                 self._multiply(part, own, ws, sums, here, c, live, False, False)
                 continue
+            if self.tails is None:
+                self._put_back(Tail.of(part, ~columns), own, ws, sums, here, c, live)
             chosen = columns.nonzero().squeeze(-1)
             for some in chosen.split(max(GATHERED // max(x.shape[1] for x in xs), 64)) if count else ():
-                picked = torch.index_select(part, 1, some, out=self.maker.pool.get("kept g", rows.size, some.numel()))
+                # a gather, for it takes two thirds of the time of the same index_select
+                picked = torch.gather(part, 1, some.expand(rows.size, -1), out=self.maker.pool.get("kept g", rows.size, some.numel()))
                 self._multiply(picked, own, ws, sums, here, c, some if live is None else live[some], False, False)
+
+    def _put_back(
+        self, tail: Tail, xs: list[Tensor], ws: list[Tensor], sums: list[Tensor | None], r: Span, c: Span, live: Tensor | None
+    ) -> None:
+        """The outer product in place of what the block r dropped of the classes c (of those `live`, if given)."""
+        st, maker = self.maker.stream, self.maker
+        assert self.filter is not None
+        self.filter.returned(r.start, tail.back)
+        a = tail.a if live is None else tail.a.new_zeros(c.size).index_copy_(0, live, tail.a)
+        scaled = a if st.class_scale is None else a * st.class_scale[c.start : c.stop].to(a.dtype)
+        for x, w, dw, dx in zip(xs, ws, sums, self._dx_sum, strict=True):
+            bar = tail.m @ x
+            if dw is not None:
+                dw.addr_(a, bar, alpha=maker.alpha)
+            if dx is None:
+                continue
+            row = scaled @ w
+            dx[r.start - self._span.start : r.stop - self._span.start].addr_(tail.m, row)
+            if self.dscale is not None:  # its gradient has all that was dropped already (moments)
+                self.dscale.sub_(bar @ row)
+
+    def keep_tails(self, tiles: list[Tensor], keep: Tensor, whole: Columns, slabs: list[Span], xs: list[Tensor], r: Span) -> None:
+        """The outer products in place of what the blocks of rows r dropped of all slabs. After `close_rows`."""
+        assert self.filter is not None and self.tails is not None
+        for rows, kept in zip(whole.rows, keep, strict=True):
+            if bool(kept.all()):
+                continue
+            block = Span(r.start + rows.start, r.start + rows.stop)
+            tails = [Tail.of(g[rows.start : rows.stop], ~kept[c.start : c.stop]) for g, c in zip(tiles, slabs, strict=True)]
+            self.filter.returned(block.start, torch.stack([tail.back for tail in tails]).sum())
+            self.tails.add(block, tails, slabs, [x[rows.start : rows.stop] for x in xs])
 
     def _begin(self, empty: bool, sums: list[Tensor | None], r: Span, first_rows: bool, first_classes: bool) -> None:
         """Where products will only add (to some columns, say), sums that are still empty are zeroed."""
         if not empty:
             return
         at = slice(r.start - self._span.start, r.stop - self._span.start)
-        for total in sums if first_rows else ():
-            if total is not None:
+        for total, whole in zip(sums, self._dw_sum, strict=True) if first_rows else ():
+            if total is not None and not (self._zeroed and whole is not None):
                 total.zero_()
         for total in self._dx_sum if first_classes else ():
             if total is not None:

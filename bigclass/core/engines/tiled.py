@@ -20,7 +20,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from bigclass.core.engines.sink import Measured, OnSlab, Sink
+from bigclass.core.engines.columns import Columns
+from bigclass.core.engines.sink import OnSlab, Sink
 from bigclass.core.engines.slabs import slab_loss
 from bigclass.core.engines.tiles import Rows, Span, TileMaker, Upstream, add_picks, logit_gradient, spans, update
 from bigclass.core.folds import Fold, State
@@ -142,6 +143,8 @@ def stream_loss(
     # A lone log-sum-exp over unbent logits leaves its exponentials where the logits were.
     in_place = len(folds) == 1 and folds[0].overwrites and folds[0].axis == "rows" and not stream.maps and not sink.wants_tensors
     in_place = in_place and not maker.keeps_z
+    # What is squared on the way must not hold the picks.
+    in_place = in_place and (sink.filter is None or picks is None or folds[0].exclude_picks)
     for r in spans(rows.count, plan.chunk):
         xs = maker.features(r)
         kept = maker.pool.get("kept", 1, r.size * maker.c + _SPARE * len(slabs)).view(-1)
@@ -172,31 +175,37 @@ def stream_loss(
             rows.put(out, r, part)
         up = Upstream(states, grads, h, start=r.start)
         sink.open_rows(r)
-        whole = None if sink.filter is None else Measured.empty(tiles[0], r, maker.keeps_z, maker.c)
+        whole, chosen = None, None
+        if sink.filter is not None:  # all of a row's classes are at hand, so it chooses among all of them
+            whole = Columns.empty(like, r, maker.c, picked=picks is not None, scaled=maker.keeps_z)
         for t, c in enumerate(slabs):
+            columns = None if whole is None else whole.cut(c)
             if in_place:
-                values = [tiles[t]]
-                state, upstream = up.of(0, folds[0], r, c)
-                g = tiles[t].zero_() if upstream[-1] is None else folds[0].gradient_in_place(tiles[t], locals_[t], state, upstream)
+                values, g = [tiles[t]], tiles[t]
+                _gradient_in_place(folds[0], g, locals_[t], up, r, c, columns, maker)
                 add_picks(g, places[t], r, up)
             else:
                 values = kept_values(maker, tiles[t], again=True)
                 g = logit_gradient(maker, folds, up, values, r, c, places[t], sink.on_tensor(r, c))
-            if whole is not None:  # all of a row's classes are at hand, so the filter chooses among all of them
+            if columns is not None:
                 g = sink.settled(g, values, r, c)
-                whole.take(sink.measured(g, values[0], r, c, places[t]), c)
+                columns.force(places[t]) if in_place else sink.measure(columns, g, values[0], r, c, places[t])
                 tiles[t] = g if g is tiles[t] else tiles[t].copy_(g)
                 continue
             sink.add(g, values, xs, maker.slab(c), sink.open_slab(c), r, c, first_rows=r.start == 0, first_classes=c.start == 0)
         if whole is not None and sink.filter is not None:
-            keep = sink.filter.choose(whole.norms, whole.forced, whole.blocks)
+            chosen = sink.filter.choose(whole.norms, whole.forced, whole.blocks)
             for t, c in enumerate(slabs):
                 part = whole.cut(c)
                 sink.add_kept(
-                    tiles[t], keep[:, c.start : c.stop], part, xs, maker.slab(c), sink.open_slab(c), r, c,
+                    tiles[t], chosen[:, c.start : c.stop], part, xs, maker.slab(c), sink.open_slab(c), r, c,
                     first_rows=r.start == 0, first_classes=c.start == 0,
                 )  # fmt: skip
         sink.close_rows()
+        if whole is not None and chosen is not None:
+            sink.keep_tails(tiles, chosen, whole, slabs, xs, r)
+    if sink.tails is not None:
+        sink.tails.flush(slabs)
     if rows.count == 0:
         sink.no_rows()
     else:
@@ -204,6 +213,23 @@ def stream_loss(
             sink.close_slab(c, sink.open_slab(c))
     loss = like.new_zeros(()) if loss is None else loss.to(maker.dtype)
     return loss, sink.finish() + [d for d in dargs if d is not None]
+
+
+def _gradient_in_place(
+    f: Fold, g: Tensor, local: State, up: Upstream, r: Span, c: Span, columns: Columns | None, maker: TileMaker
+) -> None:
+    """G, but for the picks' own, in place of what a lone fold left in the tile; its squares are summed on the way."""
+    state, upstream = up.of(0, f, r, c)
+    if upstream[-1] is None:
+        g.zero_()
+        return
+    if columns is None:
+        f.gradient_in_place(g, local, state, upstream)
+        return
+    for b, rows in columns.pieces(g.shape[1]):
+        here = slice(rows.start, rows.stop)
+        own = [tuple([None if t is None else t[here] for t in parts]) for parts in (local, state, upstream)]
+        columns.add_squares(b, f.gradient_in_place(g[here], *own), maker.pool)
 
 
 def kept_values(maker: TileMaker, z: Tensor, again: bool = False) -> list[Tensor]:

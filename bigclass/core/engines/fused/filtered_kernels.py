@@ -111,7 +111,7 @@ def add_dw(kept, columns, counts, x, out, alpha, band, N, D, kept_stride, x_stri
     tile, part = _place(tiles, parts, GROUP)
     m, d = tile * BM + tl.arange(0, BM), part * BN + tl.arange(0, BN)
     acc = tl.zeros((BM, BN), tl.float32)
-    last = tl.where(tl.program_id(0) < tiles * parts, N, 0)  # programs behind the list have no rows to add, and store nothing
+    last = tl.where(tl.program_id(0) < tiles * parts, N, 0)  # what lies behind the list has no rows to add, nor (m, d) to store
     for row0 in range(0, last, BK):
         if TMA:
             a, b = kept.load([row0, tile * BM]), x.load([row0, part * BN])
@@ -125,4 +125,4 @@ def add_dw(kept, columns, counts, x, out, alpha, band, N, D, kept_stride, x_stri
             a, b = a.to(tl.float32), b.to(tl.float32)
         acc = tl.dot(a.T, b, acc, input_precision=PRECISION)
     column = tl.load(columns + m, mask=m < count, other=0)
-    _add(out, column, d, alpha * acc, (m < count) & (last > 0), out_stride, D)
+    _add(out, column, d, alpha * acc, m < count, out_stride, D)
