@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigclass.core import op, problem
+from bigclass.core.engines.tail import Tail
 
 TOLERANCES = (2.0**-10, 2.0**-8, 2.0**-6, 2.0**-4)
 KINDS = ("flat", "early", "peaked", "onehot", "popular")
@@ -50,8 +51,10 @@ def draw(kind: str, n: int, c: int, d: int, dtype: torch.dtype = torch.float64, 
 
 
 @contextmanager
-def tiles(rows: int, classes: int, block: int) -> Iterator[None]:
-    """Tiles of rows x classes (chunks of as many rows), and a filter that chooses for `block` rows together."""
+def tiles(rows: int, classes: int, block: int, *, tails: bool = False) -> Iterator[None]:
+    """Tiles of rows x classes (chunks of as many rows), and a filter that chooses for `block` rows together.
+
+    tails: is what it drops put back as outer products, as ever? Else it is left out, to be seen."""
     original = problem.make_plan
 
     def small(*args, **kwargs):
@@ -64,7 +67,13 @@ def tiles(rows: int, classes: int, block: int) -> Iterator[None]:
         for name, module in list(sys.modules.items()):
             if name.startswith("bigclass.core.engines") and hasattr(module, "FILTER_ROWS"):
                 patch.setattr(module, "FILTER_ROWS", block)
+        if not tails:
+            patch.setattr(Tail, "of", classmethod(_no_tail))
         yield
+
+
+def _no_tail(cls, g: Tensor, drop: Tensor) -> Tail:
+    return cls(g.new_zeros(g.shape[0]), g.new_zeros(g.shape[1]), g.new_zeros(()))
 
 
 def blocks(n: int, rows: int, block: int) -> list[slice]:
