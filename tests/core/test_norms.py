@@ -143,7 +143,7 @@ def test_a_scale_that_learns_over_a_frozen_weight_keeps_no_sum_of_classes_by_fea
     u, b, y = torch.randn(300, 2).double(), torch.randn(2000, 2).double().requires_grad_(), torch.randint(2000, (300, 1))
     made = []
     fresh = sink.fresh
-    monkeypatch.setattr(sink, "fresh", lambda like, shape, dtype: made.append(tuple(shape)) or fresh(like, shape, dtype))
+    monkeypatch.setattr(sink, "fresh", lambda like, shape, *how, **more: made.append(tuple(shape)) or fresh(like, shape, *how, **more))
     with bigclass.planning(gradients=gradients, workspace=16 << 20):
         loss = stream_loss(
             Stream(((x, w), (u, b)), class_scale=scale), y, (LogSumExp(exclude_picks=True),), "cross_entropy",

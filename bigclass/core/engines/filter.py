@@ -1,7 +1,7 @@
 """The certified filter: which columns of a tile of the gradient are worth a product.
 
-Let G' be dL/dz of a block of rows (some `FILTER_ROWS` of them) over all classes, without the picks' entries (with them, all that a uniform row
-has beside its target would pass for negligible). With n_j = sum over the block's rows of G'_ij^2,
+Let G' be dL/dz of a block of rows (some `FILTER_ROWS` of them) over all classes, without the picks' entries (with them, all that a uniform
+row has beside its target would pass for negligible). With n_j = sum over the block's rows of G'_ij^2,
 
     the smallest columns are dropped while   sum of n_j over the dropped  <=  tolerance^2 * sum of n_j over all,
 
@@ -12,8 +12,9 @@ gradient is spread evenly (early in training) nothing is lost at all.
 Where all of a block's columns are at hand (`stream_loss` keeps whole rows) they are chosen together. Elsewhere they come a slab after the
 other: each may spend what the norm so far allows and those before it left. The whole norm is no less, so the promise holds in any order.
 
-What is dropped takes no part in the products dw = G^T x and dx = G w. All else (bias, scale, parameters of maps and folds) is read off
-the whole tile. Cost: one square and one sum a logit. The norms are in fp32, 1 ulp of which is far below `SLACK`.
+What is dropped takes no part in the products dw = G^T x and dx = G w, but for its outer product (tail.py), which brings it nearer. All else
+(bias, scale, parameters of maps and folds) is read off the whole tile. Cost: a square and a sum a logit. Norms are in fp32, 1 ulp of which
+is far below `SLACK`.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Rows of a block, on which columns are kept or dropped together. Of a trained language model 128 rows keep 17.7 % of the columns at 2^-8 and
-# 1024 rows 19.0 % (benchmarks/filter_study.py); products, and the rows of w gathered for them, gain more than that from the larger block.
+# Rows of a block, on which columns are kept or dropped together. Of a trained language model 128 rows keep 17.7 % of the columns at 2^-8,
+# 1024 rows 19.0 % (benchmarks/filter_study.py); products, and the rows of w gathered for them, gain more than that by the larger block.
 FILTER_ROWS = 512
 FILTER_BAND = 4096  # the same on the fused engine, at most: rows enough for products to run at their rate (not measured on a GPU)
 MOST = 0.6  # share of the columns above which a block runs in full

@@ -44,8 +44,8 @@ class Sink:
     """
 
     def __init__(
-        self, maker: TileMaker, folds: Sequence[Fold], needs: Sequence[bool], *, keep_wide: bool, whole: bool, on_slab: OnSlab | None = None,
-        filtered: bool = True,
+        self, maker: TileMaker, folds: Sequence[Fold], needs: Sequence[bool], *, keep_wide: bool, whole: bool,
+        on_slab: OnSlab | None = None, filtered: bool = True,
     ) -> None:  # fmt: skip
         self.maker, self.folds, self.rows = maker, folds, maker.rows
         # A power of two about N, undone exactly in the products. At most 4096, so that a sum over rows does not overflow instead.

@@ -73,7 +73,7 @@ def _fold(
     maker: TileMaker, folds: Sequence[Fold], states: list[State], up: Upstream, values: list[Tensor], r: Span, c: Span, where: Where,
     sink: Sink,
 ) -> tuple[Tensor, list[Tensor], Tensor | None, Where]:  # fmt: skip
-    """Add a tile to the states and make its G: (G (r, c'), the values along the maps (r, c'), which classes c' are; None: all, its picks)."""
+    """Add a tile to the states and make its G: (G (r, c'), values along the maps (r, c'), which classes c' are; None: all, its picks)."""
     on_tensor = sink.on_tensor(r, c)
     active = [i for i, _ in enumerate(folds) if up.grads[i][0] is not None]
     if len(folds) > 1 or not active or on_tensor is not None:

@@ -1,13 +1,13 @@
 """What the certified filter (filter.py) leaves out of a block of rows, put back as one outer product for each slab of classes.
 
-Small columns are many, and they have much in common: on each row they are about as popular as they always are. Left out, they take the mean
-of their rows of w from dx, which on a trained language model is 20 times what their norm would let one think. So with D the dropped
+Small columns are many, and they have much in common: on each row they are about as popular as they always are. Left out, they take the
+mean of their rows of w from dx, which on a trained language model is 20 times what their norm would let one think. So with D the dropped
 part of dL/dz (r, c) in a slab,
 
-    m = D 1   (r,)  what each row dropped        a = D^T m / ||m||^2   (c,)        D is replaced by m a^T:    dx += m (a^T w)    dw += a (m^T x)
+    m = D 1   (r,)  what each row dropped    a = D^T m / ||m||^2   (c,)    D is replaced by m a^T:   dx += m (a^T w)   dw += a (m^T x)
 
-m a^T is the projection of D on m, so ||D - m a^T||^2 = ||D||^2 - ||m||^2 ||a||^2: whatever D is, the filter's promise holds, and what is known to
-be back comes off what it reports. Each row's sum is right (D 1 = m a^T 1). At 2^-8, hidden states of the demo's model after 1,200
+m a^T is the projection of D on m, so ||D - m a^T||^2 = ||D||^2 - ||m||^2 ||a||^2: whatever D is, the filter's promise holds, and what is
+known to be back comes off what it reports. Each row's sum is right (D 1 = m a^T 1). At 2^-8, hidden states of the demo's model after 1,200
 steps: relative error of dx 8.7e-2 without, 7.6e-3 with it; of dw 3.3e-3 and 1.5e-3 (benchmarks/filter_study.py).
 
 Cost: two passes over the logits at hand (G 1 and G^T m), and one over w and dw for as many blocks as wait for it (`WAITING`).

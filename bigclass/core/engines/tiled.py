@@ -215,9 +215,7 @@ def stream_loss(
     return loss, sink.finish() + [d for d in dargs if d is not None]
 
 
-def _gradient_in_place(
-    f: Fold, g: Tensor, local: State, up: Upstream, r: Span, c: Span, columns: Columns | None, maker: TileMaker
-) -> None:
+def _gradient_in_place(f: Fold, g: Tensor, local: State, up: Upstream, r: Span, c: Span, columns: Columns | None, maker: TileMaker) -> None:
     """G, but for the picks' own, in place of what a lone fold left in the tile; its squares are summed on the way."""
     state, upstream = up.of(0, f, r, c)
     if upstream[-1] is None:

@@ -64,9 +64,9 @@ def _product(a: Tensor, b: Tensor, out: Tensor, beta: float, alpha: float) -> Te
 def _pieces(rows: int, cols: int, inner: int) -> int:
     """How many pieces of columns to make a CPU product in.
 
-    On AMD's CPUs MKL likes outputs no wider than high: fp32 on two cores of an EPYC 9004, rows x cols x inner: 688 x 4032 x 512 gains 5 % in
-    pieces, 256 x 11264 x 512 15 %, 688 x 4032 x 2048 27 %. Below these bounds pieces cost more than they gain. On Intel's, which it was made
-    for, they always do: 512 x 4096 x 512 loses 13 % in pieces, 256 x 4096 x 512 20 % (two cores of a Xeon, Sapphire Rapids)."""
+    On AMD's CPUs MKL likes outputs no wider than high: fp32 on two cores of an EPYC 9004, rows x cols x inner: 688 x 4032 x 512 gains 5 %
+    in pieces, 256 x 11264 x 512 15 %, 688 x 4032 x 2048 27 %. Below these bounds pieces cost more than they gain. On Intel's, which it was
+    made for, they always do: 512 x 4096 x 512 loses 13 % in pieces, 256 x 4096 x 512 20 % (two cores of a Xeon, Sapphire Rapids)."""
     return 1 if rows < 256 or inner < 128 or _is_intel() else -(-cols // max(rows, 512))
 
 
