@@ -68,12 +68,14 @@ def tiles(rows: int, classes: int, block: int, *, tails: bool = False) -> Iterat
             if name.startswith("bigclass.core.engines") and hasattr(module, "FILTER_ROWS"):
                 patch.setattr(module, "FILTER_ROWS", block)
         if not tails:
-            patch.setattr(Tail, "of", classmethod(_no_tail))
+            patch.setattr(Tail, "of", classmethod(no_tail))
         yield
 
 
-def _no_tail(cls, g: Tensor, drop: Tensor) -> Tail:
-    return cls(g.new_zeros(g.shape[0]), g.new_zeros(g.shape[1]), g.new_zeros(()))
+def no_tail(cls, g: Tensor, drop: Tensor) -> Tail:
+    """In place of `Tail.of`: what is dropped stays away."""
+    like = g.new_zeros((), dtype=torch.promote_types(g.dtype, torch.float32))
+    return cls(like.new_zeros(g.shape[0]), like.new_zeros(g.shape[1]), like)
 
 
 def blocks(n: int, rows: int, block: int) -> list[slice]:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bigclass.core.engines.tiles import Span, TileMaker
+from bigclass.core.engines.tiles import WIDE_OUTPUT, Span, TileMaker
 
 WAITING = 16  # blocks whose outer products are added together: each takes C + D numbers until then
 
@@ -36,12 +36,25 @@ class Tail:
 
     @classmethod
     def of(cls, g: Tensor, drop: Tensor) -> Tail:
-        """g: (r, c) dL/dz. drop: (c,) bool, its columns that were dropped."""
-        m = torch.mv(g, drop.to(g.dtype))
+        """g: (r, c) dL/dz. drop: (c,) bool, its columns that were dropped. All numbers come in fp32 (fp64)."""
+        wide = torch.promote_types(g.dtype, torch.float32)
+        m = matvec(g, drop.to(wide))
         peak = m.abs().amax()
-        m = torch.where(peak > 0, m / peak, 0.0)  # squares of gradients of a mean over many rows would underflow
-        a = torch.where(drop & (peak > 0), torch.mv(g.t(), m) / m.square().sum(), 0.0)
+        there = drop.any() & (peak > 0) & peak.isfinite()  # where nothing is dropped g may hold NaN
+        # squares of gradients of a mean over many rows would underflow; rounded to g's type here, m is the m of both products
+        m = torch.where(there, m / peak, 0.0).to(g.dtype).to(wide)
+        a = torch.where(drop & there, matvec(g.t(), m) / m.square().sum(), 0.0)
         return cls(m, a, m.square().sum() * a.square().sum())
+
+
+def matvec(t: Tensor, v: Tensor) -> Tensor:
+    """t v in v's type, which may be wider than that of t: its products are then of t's type, and summed in v's."""
+    if t.dtype == v.dtype:
+        return torch.mv(t, v)
+    narrow = v.to(t.dtype)
+    if t.device.type in WIDE_OUTPUT:
+        return torch.mm(t, narrow.unsqueeze(1), out_dtype=v.dtype).squeeze(1)
+    return torch.mv(t.to(v.dtype), narrow.to(v.dtype))
 
 
 class Tails:

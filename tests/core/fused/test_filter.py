@@ -16,13 +16,16 @@ import bigclass
 from bigclass.core import LogSumExp, Softcap, Stream, Total, log_sum_exp, problem, reduce_logits
 from bigclass.core.engines import filter as chooser
 from bigclass.core.engines.support import filter_reason
+from bigclass.core.engines.tail import Tail
 from bigclass.core.engines.tiles import Pool, Span, spans
+from tests.filter_support import no_tail
 from tests.losses.test_lora import adapters, leaves
 from tests.support import error, exact_nll
 
 filtered = pytest.importorskip("bigclass.core.engines.fused.filtered", reason="Triton is not installed")
 Problem = pytest.importorskip("bigclass.core.engines.fused").Problem
 
+tail_of = Tail.of
 BAND, CLASSES, CHUNK = 17, 48, 30  # rows of a block at most; classes of a slab; rows of a chunk where gradients come with the loss
 BACK = -12.0  # added to the logits of one-vs-all losses: sigmoids near 1 would be spread evenly
 TOLERANCES = {torch.float32: (-10, -8, -6, -4), torch.float16: (-10, -6), torch.bfloat16: (-8, -4)}  # as powers of 2
@@ -41,6 +44,13 @@ def many_small_blocks(monkeypatch):
     monkeypatch.setattr(problem, "make_plan", small)
     monkeypatch.setattr(filtered, "FILTER_BAND", BAND)
     monkeypatch.setattr(chooser, "_kept_on_cpu", chooser._kept)
+    monkeypatch.setattr(Tail, "of", classmethod(no_tail))
+
+
+@pytest.fixture
+def tails(monkeypatch, many_small_blocks):
+    """What is dropped comes back as outer products, as ever."""
+    monkeypatch.setattr(Tail, "of", tail_of)
 
 
 def uneven(n: int, c: int, d: int | None = None, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -188,6 +198,37 @@ def test_both_products_are_those_of_the_kept_columns(form, dtype, monkeypatch):
     assert torch.equal(gradient(case, x.detach(), w, 2.0**-5, (w,))[0], dw)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("form", ["stream_loss", "reduce_backward", "slab_loss"])
+def test_what_was_dropped_comes_back_as_outer_products(form, dtype, tails):
+    """Each block is off by less than the tolerance (and its numbers' rounding), each row's sum is right, dw has the same tail."""
+    n, c = 33, 85
+    case = case_of(form, n, c)
+    x, w = uneven(n, c, dtype=dtype)
+    with torch.no_grad():
+        x[1] = torch.nan if form != "slab_loss" else 0.0  # an ignored row
+    logits = x.detach().double().nan_to_num(0.0).requires_grad_()
+    (exact,) = torch.autograd.grad(case.exact(logits), logits)
+    rest = exact.scatter(1, picks, 0.0) if (picks := case.picks.clamp_min(0)).numel() else exact
+    for power in TOLERANCES[dtype]:
+        got, dw = gradient(case, x, w, 2.0**power, (x, w))
+        for r in blocks(n, case.chunk):
+            off = (got.double() - exact)[r.start : r.stop]
+            assert off.norm() <= 2.0**power * rest[r.start : r.stop].norm() + LIMIT[dtype] * exact[r.start : r.stop].norm()
+        assert error(got.double().sum(1), exact.sum(1)) < 4 * LIMIT[dtype] * float(exact.abs().sum(1).norm() / exact.sum(1).norm())
+        assert error(dw, got.double().t() @ x.detach().double().nan_to_num(0.0)) < 2 * LIMIT[dtype]
+    assert error(got, exact) > 1e-3  # something was dropped
+
+
+def test_a_row_that_is_not_finite_keeps_its_block_and_harms_no_other(tails):
+    x, w = uneven(34, 100, 12)
+    with torch.no_grad():
+        x[3] = torch.nan
+    y = torch.arange(34)
+    exact, got = [torch.autograd.grad(bigclass.linear_cross_entropy(x, w, y, grad_filter=f, engine="fused"), x)[0] for f in (None, 2.0**-5)]
+    assert torch.equal(got.isnan(), exact.isnan()) and error(got[17:], exact[17:]) < 0.1
+
+
 @pytest.mark.parametrize("gradients", ["forward", "recompute"])
 def test_where_the_gradient_is_spread_evenly_nothing_is_dropped(gradients):
     case = softmax_case(gradients, 40, 100, None)
@@ -298,7 +339,7 @@ def test_targets_that_lead_are_no_reason_to_drop_the_rest():
 
 
 @pytest.mark.parametrize("gradients", ["forward", "recompute"])
-def test_work_buffers_take_no_more_than_planned(gradients, monkeypatch):
+def test_work_buffers_take_no_more_than_planned(gradients, monkeypatch, tails):
     buffers, plans = {}, []
     get, make = Pool.get, problem.make_plan
 
@@ -318,7 +359,7 @@ def test_work_buffers_take_no_more_than_planned(gradients, monkeypatch):
     assert "kept columns" in buffers and sum(buffers.values()) <= plans[-1].workspace <= 1 << 20
 
 
-def test_nothing_is_read_on_the_host(monkeypatch):
+def test_nothing_is_read_on_the_host(monkeypatch, tails):
     """On the meta device nothing can be."""
     n, c, d = 40, 100, 12
     monkeypatch.setattr(filtered.launch, "start", lambda *_: None)

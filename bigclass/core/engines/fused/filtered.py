@@ -8,16 +8,18 @@ each band:
     n_j = sum over the band's rows of G'_ij^2  column_norms    reads G once
     keep = ColumnFilter.choose(n)              a sort of the slab's norms, and sums: some 20 small launches
     columns = the kept ones first, ascending   a running sum and a scatter
+    m, a of the dropped part of G'             Tail.of         reads G twice (tail.py)
     K = G[:, columns], with the picks          compact         reads G once, writes the kept share k of it
     dw[columns] += K^T x, dx += K w[columns]   add_dw, add_dx  2 k NCD flops each
+    dw += a (m^T x), dx += m (a^T w)           torch           reads and writes both sums once more, and w once
 
 Workspace beside that of the exact gradient: K (band x slab, in the operands' type), partial norms (fp32, one for 128 rows and a class) and
 about 100 bytes a band and class for the choice.
 
 What it costs where nothing is dropped (flat data, early in training). The host cannot know that: to read a count and call the library's
 product would be a synchronisation, which no CUDA graph can capture. So the same kernels multiply all columns, at their rate and not the
-library's; and G is read twice and written once more than in the exact gradient: 6 bytes a logit in 16 bits, 7 % of the time of both
-products at D = 4096 (by the rates of an H200, 4.3 TB/s and 790 TFLOP/s; not measured).
+library's; and G is read four times and written once more than in the exact gradient: 10 bytes a logit in 16 bits, 11 % of the time of
+both products at D = 4096 (by the rates of an H200, 4.3 TB/s and 790 TFLOP/s; not measured).
 
 Everything else (the bias) is read off the whole of G. No atomics, one program for each number, every order fixed: same bits every run.
 """
@@ -25,7 +27,7 @@ Everything else (the bias) is read off the whole of G. No atomics, one program f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,6 +37,7 @@ from bigclass.core.engines.filter import FILTER_BAND, ColumnFilter
 from bigclass.core.engines.fused import filtered_kernels as kernels
 from bigclass.core.engines.fused import launch
 from bigclass.core.engines.support import filter_reason, interpreting
+from bigclass.core.engines.tail import Tail, matvec
 from bigclass.core.engines.tiles import Pool, Span, spans
 
 if TYPE_CHECKING:
@@ -60,10 +63,13 @@ def bands(rows: int) -> list[Span]:
 
 @dataclass(frozen=True)
 class Kept:
-    """What each band keeps of a slab. columns: (b, C') int32, the kept ones first, ascending. counts: (b,) int32, how many they are."""
+    """What each band keeps of a slab. columns: (b, C') int32, the kept ones first, ascending. counts: (b,) int32, how many they are.
+
+    tails: of what each band dropped."""
 
     columns: Tensor
     counts: Tensor
+    tails: tuple[Tail, ...] = ()
 
     @classmethod
     def of(cls, keep: Tensor) -> Kept:
@@ -99,7 +105,11 @@ def choose(problem: Problem, g: Tensor, first_row: int, chooser: ColumnFilter, p
     )  # fmt: skip
     norms = parts.view(len(own), tiles, problem.c).sum(1)
     blocks = torch.arange(first_row, first_row + problem.n, band, device=device)
-    return Kept.of(chooser.choose(norms, None if forced is None else forced.view(torch.bool), blocks))
+    keep = chooser.choose(norms, None if forced is None else forced.view(torch.bool), blocks)
+    tails = tuple([Tail.of(g[r.start : r.stop], ~keep[b]) for b, r in enumerate(own)])
+    for r, tail in zip(own, tails, strict=True):
+        chooser.returned(first_row + r.start, tail.back)
+    return replace(Kept.of(keep), tails=tails)
 
 
 def multiply(
@@ -118,6 +128,12 @@ def multiply(
             kernels.compact, -(-r.size // rows) * (width // config.BM), g.device,
             [g[r.start : r.stop], columns, kept.counts, copy, b, r.size, g.stride(0), width], {"BM": rows, "BN": config.BM}, launch.COLUMNS,
         )  # fmt: skip
+        for x, w, dx, dw in zip(xs, ws, dxs, dws, strict=True) if kept.tails else ():
+            tail = kept.tails[b]
+            if dx is not None:
+                dx[r.start : r.stop].addr_(tail.m, matvec(w.t(), tail.a), alpha=alpha_x)
+            if dw is not None:
+                dw.addr_(tail.a, matvec(x[r.start : r.stop].t(), tail.m), alpha=alpha_w)
         for x, total in zip(xs, dws, strict=True):
             if total is not None:
                 _product(copy, columns, kept.counts, b, x[r.start : r.stop], total, alpha_w, config, classes=g.shape[1])

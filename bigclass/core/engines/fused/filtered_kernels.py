@@ -64,10 +64,10 @@ def _place(tiles_m, tiles_n, GROUP: tl.constexpr):
 
 @triton.jit
 def _add(out, rows, d, value, inside, stride, D):
-    """out[rows, d] += value, 32 features at a time: the sum read beside all of `value` spilled up to 350 bytes of 256x128."""
+    """out[rows, d] += value, 4096 numbers at a time: the sum read beside all of a 256x128 `value` spilled up to 350 bytes."""
     BM: tl.constexpr = value.shape[0]
     BN: tl.constexpr = value.shape[1]
-    if BN > 32:
+    if BM * BN > 4096:
         left, right = tl.split(tl.permute(tl.reshape(value, (BM, 2, BN // 2)), (0, 2, 1)))
         d_left, d_right = tl.split(tl.permute(tl.reshape(d, (2, BN // 2)), (1, 0)))
         _add(out, rows, d_left, left, inside, stride, D)
