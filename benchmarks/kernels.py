@@ -204,6 +204,9 @@ class _All(ColumnFilter):
     def choose(self, norms: Tensor, forced: Tensor | None, blocks: Tensor) -> Tensor:
         return torch.ones(norms.shape, dtype=torch.bool)
 
+    def returned(self, block: int, back: Tensor) -> None:
+        pass
+
 
 def compile_recipe(recipe: Recipe, dtype: torch.dtype, features: int, arch: str) -> list[Compiled]:
     """Every kernel of a forward and a backward. Triton's driver must name the same architecture."""
@@ -240,8 +243,8 @@ def compile_recipe(recipe: Recipe, dtype: torch.dtype, features: int, arch: str)
         if recipe.filtered:
             kept = filtered.choose(problem, g, 0, _All(), Pool(g, torch.float32))
             xs, ws = zip(*pairs, strict=True)
-            wide = [[torch.empty(t.shape) for t in ts] for ts in (xs, ws)]
-            filtered.multiply(g, kept, xs, ws, *wide, 1.0, 1.0, Pool(g, torch.float32))
+            dxs, dws = ([torch.empty(t.shape) for t in ts] for ts in (xs, ws))
+            filtered.multiply(g, kept, xs, ws, dxs, dws, 1.0, 1.0, Pool(g, torch.float32))
         return list(compiled)
 
 

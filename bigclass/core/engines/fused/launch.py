@@ -116,8 +116,8 @@ STORED = _laden(32, 64, 32, 1, False)
 IEEE = Config(64, 32, 16, 8, 2, False, registers=255)
 
 # The products of the gradient's kept columns (filtered.py): rows or kept classes x features, classes or rows of the sum at a time. One
-# tile for aligned operands and others. Registers of a thread for dx / dw, compiled by Triton 3.8 and not timed: sm_80 170 / 128, in fp32
-# 243 / 167; sm_90 228 / 247, 185 / 176; sm_100 126 / 120, 182 / 170. 128x256 spilled in dx on sm_90 and sm_100, 128x128 by 4 warps too.
+# tile for aligned operands and others. Registers of a thread for dx / dw, compiled by Triton 3.8 and not timed: sm_80 170 / 150, in fp32
+# 244 / 170; sm_90 202 / 216, 185 / 176; sm_100 126 / 128, 182 / 170. 128x256 spilled in dx on sm_90 and sm_100, 128x128 by 4 warps too.
 PRODUCTS: dict[tuple[str, int], Config] = {
     ("sm_80", 2): Config(128, 128, 32, 8, 3, False),
     ("sm_80", 4): Config(64, 64, 32, 8, 3, False),
