@@ -194,6 +194,9 @@ class TileMaker:
         early_bias = st.bias is not None and not st.bias_last
         late = st.class_scale is not None or st.given is not None or early_bias
         alpha = 1.0 if late else self.alpha
+        if alpha != 1.0 and all(x.dtype == out.dtype for x in xs):
+            # as plain torch has it, with whose rounding ours is compared: applied to the product, errors of confident rows were 13 % larger
+            xs, alpha = [x * alpha for x in xs], 1.0
         for p, (x, w) in enumerate(zip(xs, ws, strict=True)):
             product(x, w.t(), out, beta=float(p > 0), alpha=alpha)
         if st.class_scale is not None and xs:
