@@ -11,7 +11,16 @@ from matplotlib.figure import Figure
 
 from .filter_training import CONTROL, EXACT, STARTS
 
-STYLES = {EXACT: ("#b8b8c4", 5.0), CONTROL: ("#555555", 1.0), "2^-8": ("#1b6ca8", 1.4), "2^-6": ("#f4a259", 1.4), "2^-4": ("#d1495b", 1.4)}
+STYLES = {
+    EXACT: ("#b8b8c4", 5.0),
+    CONTROL: ("#555555", 1.0),
+    "2^-8": ("#1b6ca8", 1.4),
+    "2^-6": ("#f4a259", 1.4),
+    "2^-4": ("#d1495b", 1.4),
+    "2^-8 lost": ("#8cc6e7", 1.0),
+    "2^-6 lost": ("#f9d3ad", 1.0),
+    "2^-4 lost": ("#eba4b0", 1.0),
+}
 NAMES = {EXACT: "exact (tiled)", CONTROL: "exact (dense engine)"}
 
 
@@ -30,7 +39,7 @@ def plot_training(found: Mapping[str, Any]) -> Figure:
             panel.grid(alpha=0.25, lw=0.5)
             panel.tick_params(labelsize=8)
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=8, fontsize=8, frameon=False)
     return figure
 
 
@@ -82,7 +91,7 @@ def _ends(panel: Axes, runs: list[dict[str, Any]]) -> None:
     for x, arm in enumerate(arms):
         ys = [run["held_out"] for run in _of(runs, arm)]
         panel.scatter([x] * len(ys), ys, color=STYLES[arm][0], s=36, edgecolors="0.3", linewidths=0.5, zorder=2)
-    panel.set_xticks(range(len(arms)), arms, fontsize=8)
+    panel.set_xticks(range(len(arms)), [arm.replace(" ", "\n") for arm in arms], fontsize=8)
     panel.margins(x=0.1)
     panel.set_title("held-out loss at the end, a line a seed", fontsize=9)
 

@@ -13,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .filter_parts import THRESHOLD, TOLERANCES, tolerance_name
+from .filter_parts import DRAWS, THRESHOLD, TOLERANCES, tolerance_name
 
 matplotlib.use("Agg")  # files only
 
@@ -127,7 +127,7 @@ def _print_fit(found: Found, console: Console) -> None:
 
 def _print_random(found: Found, console: Console) -> None:
     heads = ["kind", "tolerance", "kept", "G' dropped", "G' one draw"]
-    heads += [f"{name} {way}" for name in ("dx", "dw") for way in ("dropped", "one draw", "mean of 16")]
+    heads += [f"{name} {way}" for name in ("dx", "dw") for way in ("dropped", "one draw", f"mean of {DRAWS}")]
     rows = [
         [r["kind"], tolerance_name(r["tolerance"]), share(r["kept"]), small(r["g_drop"]), small(r["g_draw"])]
         + [small(r[f"{name}_{way}"]) for name in ("dx", "dw") for way in ("drop", "draw", "mean")]
@@ -219,7 +219,7 @@ def _tolerance_axis(panel: Axes) -> None:
 
 def _share_axis(panel: Axes) -> None:
     panel.set_xscale("log")
-    panel.set_xlim(min(panel.get_xlim()[0], 0.08), 1.4)
+    panel.set_xlim(2e-3, 1.4)
     panel.xaxis.set_major_locator(LogLocator(subs=(1,)))
     panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
     panel.xaxis.set_minor_formatter(NullFormatter())
@@ -304,11 +304,12 @@ def _plot_ways(found: Found, ways: Mapping[str, tuple[str, str, str]], values: M
         rows = [r for r in found["rows"] if r["kind"] == kind]
         for name, (suffix, colour, style) in ways.items():
             kept = "kept_fit" if suffix == "_fit" else "kept"
-            points = [(r[kept], r[value + suffix]) for r in rows if r.get(value + suffix)]
+            points = [(r[kept], r[value + suffix]) for r in rows if r.get(value + suffix, 0.0) > 1e-5]
             if points:
                 panel.plot(*zip(*points, strict=True), marker="o", ms=3.5, lw=1.3, color=colour, ls=style, label=name)
         _share_axis(panel)
         panel.set_yscale("log")
+        panel.set_ylim(1e-5, 0.5)
         panel.set_title(kind, fontsize=9)
         if i % len(kinds) == 0:
             panel.set_ylabel(values[value], fontsize=8)
@@ -325,7 +326,11 @@ def _plot_correction(found: Found) -> Figure:
 
 
 def _plot_random(found: Found) -> Figure:
-    ways = {"dropped": ("_drop", "#555555", "-"), "one draw": ("_draw", "#d1495b", "-"), "mean of 16 draws": ("_mean", "#f4a259", "--")}
+    ways = {
+        "dropped": ("_drop", "#555555", "-"),
+        "one draw": ("_draw", "#d1495b", "-"),
+        f"mean of {DRAWS} draws": ("_mean", "#f4a259", "--"),
+    }
     return _plot_ways(found, ways, {"g": "error of G'", "dx": "error of dx", "dw": "error of dw"})
 
 
