@@ -23,10 +23,11 @@ from typing import Any
 
 import torch
 
-from bigclass.core.engines.filter import FILTER_BAND
+from bigclass.core.engines.filter import FILTER_BAND, FILTER_ROWS
 from bigclass.core.engines.support import device_reason, form_reason
+from bigclass.core.engines.tail import WAITING
 from bigclass.core.errors import ArgumentError
-from bigclass.core.folds import FOLDS, Fold, LogSumExp, Total
+from bigclass.core.folds import FOLDS, PIECE, Fold, LogSumExp, Total
 from bigclass.core.stream import Map, Softcap
 
 MIB = 1 << 20
@@ -230,7 +231,7 @@ def choose_gradients(work: Work, options: Settings) -> str:
 def _chunk_rows(work: Work, options: Settings) -> int:
     """Rows of logits that fit the workspace beside the tile buffers of the gradient."""
     tiles = (work.buffers - 1) * min(_tile_elements(work, options), work.n * work.c) * work.item
-    spare = tiles + 2 * _cast_bytes(work, options) + _filter_bytes(work)
+    spare = tiles + 2 * _cast_bytes(work, options) + _filter_bytes(work, work.c, True)
     fit = max(_workspace(work, options) - spare, 0) // max(work.c * work.item, 1)
     return min(fit, _cast_limit(work, options, 1))
 
@@ -245,12 +246,15 @@ def _workspace(work: Work, options: Settings) -> int:
     return FILTERED_WORKSPACE if work.filtered and work.device == "cpu" else work.of(DEFAULT_WORKSPACE)
 
 
-def _filter_bytes(work: Work) -> int:
-    """What the tiled engine's filter takes beside its tiles: rows of w and of dw, their columns of G, squares (4 MiB at most), norms."""
+def _filter_bytes(work: Work, classes: int, whole: bool) -> int:
+    """What the tiled engine's filter takes beside tiles of so many classes: rows of w and of dw, their columns of G, squares, norms.
+
+    whole: are they all classes? Then tails wait, too."""
     if not work.filtered or work.device != "cpu":
         return 0
-    columns = min(max(GATHERED // max(work.d, 1), 64), work.c)
-    return work.item * (2 * columns * work.d + columns * min(work.n, 512) + 3 * work.c) + 4 * MIB
+    gathered = min(max(GATHERED // max(work.d, 1), 64), classes)
+    rows = min(work.n, FILTER_ROWS)
+    return work.item * (gathered * (2 * work.d + rows) + min(PIECE, rows * classes) + (3 + WAITING * whole) * classes)
 
 
 def _cast_bytes(work: Work, options: Settings) -> int:
@@ -309,8 +313,8 @@ def make_plan(work: Work, engine: str = "auto", options: Settings | None = None)
             why.append("dw stays fp32 until the upstream gradient arrives (one C x D fp32 buffer)")
         tiles = (work.buffers - 1) * chunk * class_block * work.item
         cast = (chunk + class_block) * work.d * work.item if work.half else 0
-        why += _of_filter(work)
-        return Plan(name, gradients, chunk, row_block, class_block, kept + tiles + cast + _filter_bytes(work), tuple(why))
+        why += _of_filter(work, name)
+        return Plan(name, gradients, chunk, row_block, class_block, kept + tiles + cast + _filter_bytes(work, c, True), tuple(why))
     row_block = min(n, CPU_ROW_BLOCK) if work.device == "cpu" else n
     row_block = max(min(row_block, elements // min(c, 1024), _cast_limit(work, options, 1)), 1)
     row_block = -(-n // -(-n // row_block))
@@ -335,14 +339,16 @@ def make_plan(work: Work, engine: str = "auto", options: Settings | None = None)
         if work.grad:
             cast += n * work.d * work.item
             why.append("dx is summed over slabs of classes in one N x D fp32 buffer")
-    why += _of_filter(work)
-    return Plan(name, gradients, 0, row_block, class_block, tiles + cast + _filter_bytes(work), tuple(why))
+    why += _of_filter(work, name)
+    return Plan(name, gradients, 0, row_block, class_block, tiles + cast + _filter_bytes(work, class_block, False), tuple(why))
 
 
-def _of_filter(work: Work) -> list[str]:
-    """What the tiled engine makes of a filter, in words."""
+def _of_filter(work: Work, name: str) -> list[str]:
+    """What an engine makes of a filter, in words."""
     if not work.filtered:
         return []
+    if name == "fused":
+        return ["the filter's columns are chosen and multiplied by lists on the device (not where a scale of the logits or classes learns)"]
     if work.device != "cpu":
         return ["the filter drops nothing here: how many columns it keeps would have to be read by the host, and waited for"]
     return ["the filter leaves small columns of the gradient out of its two products"]
@@ -367,8 +373,8 @@ def _slab_plan(work: Work, gradients: str, options: Settings, why: list[str]) ->
         size += (row_block + copies * class_block) * work.d * work.item + n * work.d * work.item
         if gradients == "slabs":
             why.append("dw stays fp32 until the upstream gradient arrives (one C x D fp32 buffer)")
-    why += _of_filter(work)
-    return Plan("tiled", gradients, 0, row_block, class_block, size + _filter_bytes(work), tuple(why))
+    why += _of_filter(work, "tiled")
+    return Plan("tiled", gradients, 0, row_block, class_block, size + _filter_bytes(work, class_block, False), tuple(why))
 
 
 def pair_work(*, maps: int, **described: Any) -> Work:
@@ -423,6 +429,7 @@ def _fused_plan(work: Work, gradients: str, options: Settings, why: list[str]) -
         why.append(f"{chunk} whole rows of logits fit the workspace: gradients come with the loss, 3 passes instead of 4")
         if work.half:
             why.append("dw stays fp32 until the upstream gradient arrives (one C x D fp32 buffer)")
+        why += _of_filter(work, "fused")
         return Plan("fused", gradients, chunk, chunk, class_block, size + beside, tuple(why))
     if gradients == "slabs":
         # logits of a slab in fp32 and its G, for all rows
@@ -431,6 +438,7 @@ def _fused_plan(work: Work, gradients: str, options: Settings, why: list[str]) -
         why.append("a sum over classes: gradients come with each slab of classes, 3 passes instead of 4")
         if work.half:
             why.append("dw stays fp32 until the upstream gradient arrives (one C x D fp32 buffer)")
+        why += _of_filter(work, "fused")
         return Plan("fused", gradients, 0, n, class_block, size + beside, tuple(why))
     if gradients == "none":
         why.append("no gradients wanted: one pass, logits in registers only")
@@ -445,6 +453,7 @@ def _fused_plan(work: Work, gradients: str, options: Settings, why: list[str]) -
     else:
         why.append(f"under {work.of(MIN_CHUNK_ROWS)} whole rows of {c} logits fit the workspace: the backward makes logits again, 4 passes")
     why.append(f"G of {class_block} classes at a time, in the type of the products")
+    why += _of_filter(work, "fused")
     size = n * of_row + class_block * (n * item + of_class)
     return Plan("fused", gradients, 0, n, class_block, size + beside, tuple(why))
 

@@ -67,15 +67,17 @@ def linear_cross_entropy(
             With reduction "none" the result has T - k positions.
         z_loss: adds z_loss * LSE^2 to each row's loss (PaLM, arXiv:2204.02311); in the mean it is averaged over the kept rows.
         grad_filter: None: exact gradients. A tolerance t such as 2**-8: columns of the logits' gradient that are too small to matter are
-            left out of its two products, for the weight and for the features.
-            Promised, for each block of (up to 512) rows: let G' be that gradient without its entries at the targets, row weights and z-loss
-            included; then ||G' left out||_F <= t ||G'||_F.
+            left out of its two products, for the weight and for the features, but for the mean that they have in common.
+            Promised, for each block of rows (up to 512; on GPUs 4096): let G' be that gradient without its entries at the targets, row
+            weights and z-loss included; then what is lost has at most the norm t ||G'||_F.
             Exact as ever are the loss and the gradients of linear_bias and logit_scale. A target's own entry is never left out.
             Nothing at all is left out in a block that would keep more than 60 % of its columns, as early in training, where the gradient
-            is spread evenly; nor by engine="dense" (small problems under "auto", too).
-            Costs a square and a sum for each logit, spares up to two of the three products. Where ignored rows are, blocks are of those
-            that count. Not with class probabilities (..., C): an entry that belongs to a target cannot be told from others there. Not below
-            the rounding of the products' dtype (2^-24 for float32, 2^-11 for float16, 2^-8 for bfloat16).
+            is spread evenly; nor by engine="dense" (small problems under "auto", too), by "tiled" on GPUs, nor by "fused" where logit_scale
+            learns. `explain(grad_filter=t)` says so.
+            Costs a few passes over the logits, spares up to two of the three products; takes 256 MiB on a CPU unless `planning` says
+            otherwise. Where ignored rows are, blocks are of those that count. Not with class probabilities (..., C): an entry that belongs
+            to a target cannot be told from others there. Not below the rounding of the products' dtype (2^-24 for float32, 2^-11 for
+            float16, 2^-8 for bfloat16).
         update: takes the weight's gradient slab by slab in the backward, as in `linear_binary_cross_entropy`: no C x D gradient. Of one
             loss: not with reduction "none", return_stats or a K-dimensional weight.
         engine: "auto", "dense" (materialises), "tiled", "fused".

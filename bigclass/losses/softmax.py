@@ -48,7 +48,7 @@ class Stats(NamedTuple):
 
     lse: log-sum-exp of each row's logits, differentiable, 0 where ignored. correct: does the target have the largest logit?
     kept_share, promised_error: of `grad_filter`, for logging: the share of the gradient's columns (of a block of rows each) whose products
-    were made, and the largest ||G' left out|| / ||G'|| of a block. 1.0 and 0.0 without a filter; with one 0-dim tensors that are NaN until
+    were made, and the largest ||G' lost|| / ||G'|| of a block. 1.0 and 0.0 without a filter; with one 0-dim tensors that are NaN until
     the backward fills them in (another backward anew).
     """
 

@@ -185,3 +185,15 @@ def test_explain_says_how_sums_over_classes_run():
     assert half.gradients == "slabs" and "dw stays fp32" in str(half)
     assert bigclass.explain(512, 131072, 256, one_vs_all=True, reduction="none").gradients == "recompute"
     assert bigclass.explain(8192, 256000, 2304, one_vs_all=True, dtype=torch.bfloat16, device="cuda").gradients == "slabs"
+
+
+def test_a_filter_has_a_workspace_of_its_own_on_a_cpu_and_is_spoken_of():
+    shape = 4096, 128_000, 512
+    exact, filtered = bigclass.explain(*shape), bigclass.explain(*shape, grad_filter=2.0**-8)
+    assert exact.workspace <= 80 << 20 < filtered.workspace <= 256 << 20
+    assert filtered.chunk > 2 * exact.chunk
+    assert any("filter" in reason for reason in filtered.why) and not any("filter" in reason for reason in exact.why)
+    with bigclass.planning(workspace=32 << 20):
+        assert bigclass.explain(*shape, grad_filter=2.0**-8).workspace <= 32 << 20
+    assert any("drops nothing" in reason for reason in bigclass.explain(*shape, grad_filter=0.1, device="cuda", engine="tiled").why)
+    assert "filter" not in str(bigclass.explain(*shape, grad_filter=0.1, requires_grad=False))

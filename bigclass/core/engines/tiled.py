@@ -225,9 +225,10 @@ def _gradient_in_place(f: Fold, g: Tensor, local: State, up: Upstream, r: Span, 
         f.gradient_in_place(g, local, state, upstream)
         return
     for b, rows in columns.pieces(g.shape[1]):
-        here = slice(rows.start, rows.stop)
-        own = [tuple([None if t is None else t[here] for t in parts]) for parts in (local, state, upstream)]
-        columns.add_squares(b, f.gradient_in_place(g[here], *own), maker.pool)
+        at = slice(rows.start, rows.stop)
+        above = [None if t is None else t[at] for t in upstream]
+        made = f.gradient_in_place(g[at], tuple([t[at] for t in local]), tuple([t[at] for t in state]), above)
+        columns.add_squares(b, made, maker.pool)
 
 
 def kept_values(maker: TileMaker, z: Tensor, again: bool = False) -> list[Tensor]:
