@@ -69,6 +69,32 @@ def test_half_types_add_one_fp32_dw_in_the_forward_plan_and_nothing_in_the_recom
     assert wide * 0.5 <= peak(loss_and_gradients, 1024, c, d, torch.bfloat16, "forward", {}) <= 96 + wide
 
 
+def filtered(n: int, c: int, d: int, gradients: str, workspace: int | None):
+    """A filtered loss of which most columns are dropped, and its gradients, warmed up."""
+
+    def make(n: int, c: int):
+        bias = -2.0 * torch.arange(1.0, c + 1.0).log()
+        return torch.randn(n, d, requires_grad=True), torch.randn(c, d, requires_grad=True), torch.randint(c, (n,)), bias
+
+    def run(x, w, y, bias):
+        with bigclass.planning(gradients=gradients, workspace=workspace):
+            bigclass.linear_cross_entropy(x, w, y, linear_bias=bias, grad_filter=2.0**-6, engine="tiled").backward()
+        return x.grad, w.grad
+
+    for _ in range(2):
+        run(*make(64, 3000))
+    problem = make(n, c)
+    return lambda: run(*problem)
+
+
+@pytest.mark.parametrize(
+    ("gradients", "workspace", "most"), [("auto", None, 256 + 16), ("auto", 64 << 20, 64 + 16), ("recompute", 16 << 20, 16 + 16)]
+)
+def test_the_filter_keeps_to_its_workspace(gradients, workspace, most):
+    """Beside what the products' threads take. Dense logits alone take 1.2 GB."""
+    assert peak(filtered, 2048, 150_000, 32, gradients, workspace) <= most
+
+
 def one_vs_all(n: int, c: int, d: int, loss: str, dense: bool):
     """A loss over sparse (or dense) positives and its gradients, warmed up on a small problem."""
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 State = tuple[Tensor, ...]
 
-PIECE = 1 << 18  # logits of `pieces`: 1 MiB of fp32
+PIECE = 1 << 19  # logits of `pieces`: 2 MiB of fp32, half of it for each of two cores
 
 
 class Tile:

@@ -53,11 +53,11 @@ def _counts(like: Tensor, size: int) -> bool:
 
 
 def fresh(like: Tensor, shape: torch.Size | int, dtype: torch.dtype, *, zeros: bool = False) -> Tensor:
-    """`like.new_empty(shape, dtype)` whose pages are there. zeros: `new_zeros`, which as pages come zeroed costs no more."""
-    t = like.new_zeros(shape, dtype=dtype) if zeros else like.new_empty(shape, dtype=dtype)
+    """`like.new_empty(shape, dtype)` whose pages are there. zeros: filled with zeros, after that: its pages are then large ones."""
+    t = like.new_empty(shape, dtype=dtype)
     if _counts(t, t.numel() * t.element_size()):
         _advise(t, _MADV_HUGEPAGE, _MADV_POPULATE_WRITE)
-    return t
+    return t.zero_() if zeros else t
 
 
 def borrow(like: Tensor, count: int, dtype: torch.dtype) -> Tensor:
