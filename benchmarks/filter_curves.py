@@ -17,9 +17,7 @@ STYLES = {
     "2^-8": ("#1b6ca8", 1.4),
     "2^-6": ("#f4a259", 1.4),
     "2^-4": ("#d1495b", 1.4),
-    "2^-8 lost": ("#8cc6e7", 1.0),
-    "2^-6 lost": ("#f9d3ad", 1.0),
-    "2^-4 lost": ("#eba4b0", 1.0),
+    "2^-4 lost": ("#7b4fa3", 1.2),
 }
 NAMES = {EXACT: "exact (tiled)", CONTROL: "exact (dense engine)"}
 
@@ -39,7 +37,7 @@ def plot_training(found: Mapping[str, Any]) -> Figure:
             panel.grid(alpha=0.25, lw=0.5)
             panel.tick_params(labelsize=8)
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=8, fontsize=8, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8, frameon=False)
     return figure
 
 

@@ -26,6 +26,7 @@ Row = Mapping[str, Any]
 Found = Mapping[str, Any]
 
 COLOURS = ("#7f7f7f", "#f4a259", "#1b6ca8", "#d1495b", "#7b4fa3", "#bcd8c1", "#8cc98c", "#3f9d54", "#145a2a")
+MUCH = 0.97
 MIDDLE = TOLERANCES[1]  # the tolerance shown where one must do
 
 
@@ -33,8 +34,8 @@ def share(value: float) -> str:
     return f"{100 * value:.{0 if value >= 0.995 else 1 if value >= 0.1 else 2}f} %"
 
 
-def small(value: float) -> str:
-    return "–" if math.isnan(value) else "0" if value == 0 else f"{value:.1e}"
+def small(value: float | None) -> str:
+    return "–" if value is None or math.isnan(value) else "0" if value == 0 else f"{value:.1e}"
 
 
 def times(value: float) -> str:
@@ -295,9 +296,10 @@ def _plot_orders(found: Found) -> Figure:
     return figure
 
 
-def _plot_ways(found: Found, ways: Mapping[str, tuple[str, str, str]], values: Mapping[str, str], skip: Sequence[str] = ()) -> Figure:
-    """Error against kept share: a panel a kind and value, a line a way (name: suffix, colour, line style)."""
-    kinds = [kind for kind in _kinds(found) if kind not in skip]
+def _plot_ways(found: Found, ways: Mapping[str, tuple[str, str, str]], values: Mapping[str, str]) -> Figure:
+    """Error against kept share: a panel a kind and value, a line a way (name: suffix, colour, line style). Kinds of which much is kept
+    at any tolerance are in the table alone."""
+    kinds = list(dict.fromkeys(r["kind"] for r in found["rows"] if r["kept"] < MUCH)) or list(_kinds(found))
     figure, panels = _panels(len(values), len(kinds), 2.7, 2.6)
     for i, panel in enumerate(panels):
         value, kind = list(values)[i // len(kinds)], kinds[i % len(kinds)]
@@ -315,7 +317,7 @@ def _plot_ways(found: Found, ways: Mapping[str, tuple[str, str, str]], values: M
             panel.set_ylabel(values[value], fontsize=8)
         if i // len(kinds) == len(values) - 1:
             panel.set_xlabel("share of columns kept", fontsize=8)
-    _legend(figure, panels[0])
+    _legend(figure, panels[-1])
     return figure
 
 

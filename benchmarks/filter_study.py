@@ -14,6 +14,7 @@ Parts, each with tables on the screen, a JSON file and a plot in benchmarks/resu
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
 import time
@@ -51,6 +52,8 @@ class Options:
     out: Path
     prefix: str
     """Of the names of files."""
+    redraw: bool = False
+    """Only draw again what the JSON files hold."""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> Options:
@@ -64,6 +67,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Options:
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for JSON files and plots (default: benchmarks/results)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: under a minute, no figures worth quoting")
+    parser.add_argument("--redraw", action="store_true", help="measure nothing: print and draw again what the JSON files hold")
     given = parser.parse_args(arguments)
     if given.threads:
         torch.set_num_threads(given.threads)
@@ -75,6 +79,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Options:
         rounds=1 if given.quick else given.rounds,
         out=given.out,
         prefix="filter-study-quick-" if given.quick else "filter-study-",
+        redraw=given.redraw,
     )
 
 
@@ -101,6 +106,13 @@ def run(options: Options, command: str) -> None:
     console = Console()
     if not console.is_terminal:  # a log file has no width
         console = Console(width=170)
+    if options.redraw:
+        for part in options.parts:
+            path = options.out / f"{options.prefix}{part}.json"
+            found = json.loads(path.read_text())
+            filter_report.print_part(part, found, console)
+            filter_report.plot_part(part, found, _title(found["machine"]["name"], found["versions"]["torch"]), path.with_suffix(".png"))
+        return
     keep_freed_memory()
     device = torch.device("cpu")
     console.print(f"[bold]{hardware_name(device)}[/]; torch {torch.__version__}")
@@ -125,8 +137,12 @@ def run(options: Options, command: str) -> None:
         seconds = round(time.perf_counter() - began, 1)
         path = options.out / f"{options.prefix}{part}.json"
         filter_report.write_json(head | {"seconds": seconds} | found, path)
-        filter_report.plot_part(part, found, f"{hardware_name(device)}, torch {torch.__version__}", path.with_suffix(".png"))
+        filter_report.plot_part(part, found, _title(hardware_name(device), torch.__version__), path.with_suffix(".png"))
         console.print(f"{part}: {seconds:.0f} s; {path.name} and {path.with_suffix('.png').name} in {options.out}", soft_wrap=True)
+
+
+def _title(hardware: str, torch_version: str) -> str:
+    return f"{hardware}, torch {torch_version}"
 
 
 def measure(part: str, options: Options, tell: Any) -> dict[str, Any]:

@@ -180,3 +180,4 @@ def test_every_part_runs_and_leaves_its_files(tmp_path: Path, monkeypatch: pytes
         found = json.loads((tmp_path / f"filter-study-quick-{part}.json").read_text())
         assert found["rows"] and found["machine"]["name"] and found["versions"]["torch"] and "filter_study" in found["command"]
         assert (tmp_path / f"filter-study-quick-{part}.png").stat().st_size > 10_000
+    assert filter_study.main(["--quick", "--redraw", "--only", "threshold", "--out", str(tmp_path)]) == 0
