@@ -60,17 +60,15 @@ def print_part(part: str, found: Found, console: Console) -> None:
 
 
 def _print_errors(found: Found, console: Console) -> None:
-    heads = ("kind", "loss", "tolerance", "kept", "promised", "G' worst block", "G' pooled", "dx", "dw", "time / exact")
-    print_table(
-        console,
-        "errors: the engine against itself without the filter",
-        heads,
-        [
-            [r["kind"], f"{r['loss']:.3g}", tolerance_name(r["tolerance"]), share(r["kept"]), small(r["promised"]), small(r["worst_block"]),
-             small(r["pooled"]), small(r["dx"]), small(r["dw"]), times(r["time_ratio"])]
-            for r in found["rows"]
-        ],
-    )  # fmt: skip
+    heads = ("kind", "loss", "tolerance", "kept", "kept, return_stats", "promised, return_stats", "G' worst block", "G' pooled", "dx", "dw",
+             "time / exact")  # fmt: skip
+    rows = [
+        [r["kind"], f"{r['loss']:.3g}", tolerance_name(r["tolerance"]), share(r["kept"]), share(r["kept_reported"])]
+        + [small(r[name]) for name in ("promised", "worst_block", "pooled", "dx", "dw")]
+        + [times(r["time_ratio"])]
+        for r in found["rows"]
+    ]
+    print_table(console, "errors: the engine against itself without the filter", heads, rows)
 
 
 def _pivot(rows: Iterable[Row], left: str, top: str, value: str = "kept") -> tuple[list[str], list[list[str]]]:
