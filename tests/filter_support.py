@@ -72,7 +72,7 @@ def tiles(rows: int, classes: int, block: int, *, tails: bool = False) -> Iterat
         yield
 
 
-def no_tail(cls, g: Tensor, drop: Tensor) -> Tail:
+def no_tail(cls, g: Tensor, drop: Tensor, *known: Tensor | None) -> Tail:
     """In place of `Tail.of`: what is dropped stays away."""
     like = g.new_zeros((), dtype=torch.promote_types(g.dtype, torch.float32))
     return cls(like.new_zeros(g.shape[0]), like.new_zeros(g.shape[1]), like)

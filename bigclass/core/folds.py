@@ -108,7 +108,7 @@ class Fold:
     name: ClassVar[str] = ""
     tensor_axes: ClassVar[tuple[str, ...]] = ()
     differentiable: ClassVar[tuple[bool, ...]] = ()  # for each part of the state
-    overwrites: ClassVar[bool] = False  # are `lift_in_place` and `gradient_in_place` there?
+    overwrites: ClassVar[bool] = False  # are `lift_in_place` and `factor_in_place` there?
     weight: ClassVar[int] = 0  # of its Triton forms: 0, a few registers a logit; 2, a dozen; 3, more (fused/launch.py chooses tiles by it)
     literal_numbers: ClassVar[bool] = False  # are the numbers integers that Triton forms take as constants (shapes)?
 
@@ -148,11 +148,11 @@ class Fold:
         raise NotImplementedError(f"fold {self.name!r} has no gradient for its tensor {which}")
 
     def lift_in_place(self, tile: Tile) -> State:
-        """`lift`, leaving in tile.s what `gradient_in_place` needs: saves an exponential per logit."""
+        """`lift`, leaving in tile.s what `factor_in_place` turns into a gradient: saves an exponential per logit."""
         raise NotImplementedError
 
-    def gradient_in_place(self, s: Tensor, local: State, state: State, grads: Sequence[Tensor | None]) -> Tensor:
-        """dL/ds in place of what `lift_in_place` left; local is the state it returned."""
+    def factor_in_place(self, local: State, state: State, grads: Sequence[Tensor | None]) -> Tensor:
+        """(n, 1): times this, what `lift_in_place` left is dL/ds. local: the state it returned; its last part sums what it left."""
         raise NotImplementedError
 
     # The same three for the fused engine, on fp32 tiles s (n, c) in which what does not count is -inf; a state's parts and their
@@ -241,9 +241,9 @@ class LogSumExp(Fold):
             torch.sum(exp_(part.sub_(_finite(m[rows]))), -1, keepdim=True, out=l[rows])
         return m, l
 
-    def gradient_in_place(self, s, local, state, grads):
+    def factor_in_place(self, local, state, grads):
         # e^(s - m_tile) is there already; move it to the common reference in the same product
-        return s.mul_(_there(grads[1]) * torch.exp(local[0] - _finite(state[0])))
+        return _there(grads[1]) * torch.exp(local[0] - _finite(state[0]))
 
     @triton_form
     def lift_triton(s):

@@ -49,10 +49,12 @@ class Columns:
         step = max(PIECE // max(columns, 1), 1)
         return [(b, piece) for b, rows in enumerate(self.rows) for piece in spans(rows.stop, step, rows.start)]
 
-    def add_squares(self, b: int, part: Tensor, pool: Pool) -> None:
-        """Add the squares of some rows of block b to its norms."""
-        squares = torch.mul(part, part, out=pool.get("squares", *part.shape))
-        self.norms[b].addmv_(squares.t(), part.new_ones(part.shape[0]))
+    def add_squares(self, g: Tensor, weights: Tensor, pool: Pool) -> None:
+        """Add the squares of a tile g (r, c) to the norms, those of row i times weights_i."""
+        for b, piece in self.pieces(g.shape[1]):
+            at = slice(piece.start, piece.stop)
+            squares = torch.mul(g[at], g[at], out=pool.get("squares", piece.size, g.shape[1]))
+            self.norms[b].addmv_(squares.t(), weights[at])
 
     def force(self, where: Where) -> None:
         """The columns in which the tile has picks must be kept."""
@@ -69,8 +71,7 @@ class Columns:
             flat = torch.as_strided(g, (g.numel() + 1,), (1,))
             saved = flat[where[0]]
             flat[where[0]] = 0.0
-        for b, piece in self.pieces(g.shape[1]):
-            self.add_squares(b, g[piece.start : piece.stop], pool)
+        self.add_squares(g, g.new_ones(g.shape[0]), pool)
         if flat is not None and saved is not None and where is not None:
             flat[where[0]] = saved
         self.force(where)

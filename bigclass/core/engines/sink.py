@@ -27,6 +27,7 @@ from bigclass.core.engines.filter import ColumnFilter, exact_report
 from bigclass.core.engines.pages import fresh
 from bigclass.core.engines.tail import Tail, Tails
 from bigclass.core.engines.tiles import Span, TileMaker, Where, product, spans
+from bigclass.core.engines.unscaled import Unscaled
 from bigclass.core.folds import Fold, State, Tile
 from bigclass.core.norms import through_norms
 from bigclass.core.plan import GATHERED
@@ -148,7 +149,8 @@ class Sink:
         """dL/dz of a tile, with everything taken from it that needs no product."""
         maker, st = self.maker, self.maker.stream
         if values is not None and g.numel():
-            g = self._through_maps(g, values)
+            made = self._through_maps(g, values)
+            g = made if self.filter is None or made is g else g.copy_(made)  # which sets the picks apart in a work buffer (columns.py)
         if self.db is not None:
             part = g.sum(0, dtype=self.db.dtype)
             part = part if values is not None else part.div_(self.boost)
@@ -187,30 +189,43 @@ class Sink:
 
     def add_kept(
         self, g: Tensor, keep: Tensor, tile: Columns, xs: list[Tensor], ws: list[Tensor], sums: list[Tensor | None], r: Span, c: Span,
-        *, first_rows: bool, first_classes: bool, live: Tensor | None = None,
-    ) -> None:  # fmt: skip
-        """The products of those columns of a settled tile that are kept (blocks, c')."""
+        *, first_rows: bool, first_classes: bool, live: Tensor | None = None, unscaled: Unscaled | None = None,
+    ) -> list[Tail | None]:  # fmt: skip
+        """The products of those columns of a settled tile that are kept (blocks, c'). What each block dropped, if that must wait (`tails`).
+
+        unscaled: g is not dL/dz yet."""
         counts = keep.sum(1).tolist()
+        tails: list[Tail | None] = [None] * len(counts)
         if all(count == g.shape[1] for count in counts):
+            g = g if unscaled is None else unscaled.complete(g, Span(0, r.size))
             self._begin(live is not None, sums, r, first_rows, first_classes)
             self._multiply(g, xs, ws, sums, r, c, live, first_rows, first_classes)
-            return
+            return tails
         self._begin(True, sums, r, first_rows, first_classes)
         if self.dscale is not None and tile.moments is not None:
             self.dscale.add_(torch.where(keep, 0.0, tile.moments).sum())
-        for rows, columns, count in zip(tile.rows, keep, counts, strict=True):
+        for b, (rows, columns, count) in enumerate(zip(tile.rows, keep, counts, strict=True)):
             here, own = Span(r.start + rows.start, r.start + rows.stop), [x[rows.start : rows.stop] for x in xs]
             part = g[rows.start : rows.stop]
             if count == g.shape[1]:
+                part = part if unscaled is None else unscaled.complete(g, rows)
                 self._multiply(part, own, ws, sums, here, c, live, False, False)
                 continue
-            if self.tails is None:
-                self._put_back(Tail.of(part, ~columns), own, ws, sums, here, c, live)
+            factor = None if unscaled is None else unscaled.factor[rows.start : rows.stop]
+            dropped = None if unscaled is None else unscaled.sums[rows.start : rows.stop].clone()
             chosen = columns.nonzero().squeeze(-1)
             for some in chosen.split(max(GATHERED // max(x.shape[1] for x in xs), 64)) if count else ():
-                # a gather, for it takes two thirds of the time of the same index_select
-                picked = torch.gather(part, 1, some.expand(rows.size, -1), out=self.maker.pool.get("kept g", rows.size, some.numel()))
+                out = self.maker.pool.get("kept g", rows.size, some.numel())
+                if unscaled is None or dropped is None:
+                    picked = torch.gather(part, 1, some.expand(rows.size, -1), out=out)
+                else:
+                    picked, kept = unscaled.gather(g, some, rows, out)
+                    dropped.sub_(kept)
                 self._multiply(picked, own, ws, sums, here, c, some if live is None else live[some], False, False)
+            tails[b] = Tail.of(part, ~columns, dropped, factor)
+            if self.tails is None:
+                self._put_back(tails[b], own, ws, sums, here, c, live)
+        return tails
 
     def _put_back(
         self, tail: Tail, xs: list[Tensor], ws: list[Tensor], sums: list[Tensor | None], r: Span, c: Span, live: Tensor | None
@@ -232,16 +247,21 @@ class Sink:
             if self.dscale is not None:  # its gradient has all that was dropped already (moments)
                 self.dscale.sub_(bar @ row)
 
-    def keep_tails(self, tiles: list[Tensor], keep: Tensor, whole: Columns, slabs: list[Span], xs: list[Tensor], r: Span) -> None:
-        """The outer products in place of what the blocks of rows r dropped of all slabs. After `close_rows`."""
+    def keep_tails(self, whole: Columns, of_slabs: list[list[Tail | None]], slabs: list[Span], xs: list[Tensor], r: Span) -> None:
+        """The outer products in place of what the blocks of rows r dropped of all slabs, once their dx is finished (`close_rows`)."""
         assert self.filter is not None and self.tails is not None
-        for rows, kept in zip(whole.rows, keep, strict=True):
-            if bool(kept.all()):
+        for b, rows in enumerate(whole.rows):
+            some = [tails[b] for tails in of_slabs]
+            if all(tail is None for tail in some):
                 continue
+            nothing = xs[0].new_zeros(rows.size, dtype=self.maker.dtype)
+            made = [
+                Tail(nothing, nothing.new_zeros(c.size), nothing.new_zeros(())) if tail is None else tail
+                for tail, c in zip(some, slabs, strict=True)
+            ]
             block = Span(r.start + rows.start, r.start + rows.stop)
-            tails = [Tail.of(g[rows.start : rows.stop], ~kept[c.start : c.stop]) for g, c in zip(tiles, slabs, strict=True)]
-            self.filter.returned(block.start, torch.stack([tail.back for tail in tails]).sum())
-            self.tails.add(block, tails, slabs, [x[rows.start : rows.stop] for x in xs])
+            self.filter.returned(block.start, torch.stack([tail.back for tail in made]).sum())
+            self.tails.add(block, made, slabs, [x[rows.start : rows.stop] for x in xs])
 
     def _begin(self, empty: bool, sums: list[Tensor | None], r: Span, first_rows: bool, first_classes: bool) -> None:
         """Where products will only add (to some columns, say), sums that are still empty are zeroed."""

@@ -23,7 +23,8 @@ from torch import Tensor
 from bigclass.core.engines.columns import Columns
 from bigclass.core.engines.sink import OnSlab, Sink
 from bigclass.core.engines.slabs import slab_loss
-from bigclass.core.engines.tiles import Rows, Span, TileMaker, Upstream, add_picks, logit_gradient, spans, update
+from bigclass.core.engines.tiles import Rows, Span, TileMaker, Upstream, Where, add_picks, logit_gradient, spans, update
+from bigclass.core.engines.unscaled import Unscaled
 from bigclass.core.folds import Fold, State
 from bigclass.core.plan import Plan
 from bigclass.core.stream import Stream
@@ -175,35 +176,20 @@ def stream_loss(
             rows.put(out, r, part)
         up = Upstream(states, grads, h, start=r.start)
         sink.open_rows(r)
-        whole, chosen = None, None
-        if sink.filter is not None:  # all of a row's classes are at hand, so it chooses among all of them
-            whole = Columns.empty(like, r, maker.c, picked=picks is not None, scaled=maker.keeps_z)
+        if sink.filter is not None:
+            _add_filtered(sink, folds, up, tiles, places, locals_, slabs, xs, r)
+            continue
         for t, c in enumerate(slabs):
-            columns = None if whole is None else whole.cut(c)
             if in_place:
                 values, g = [tiles[t]], tiles[t]
-                _gradient_in_place(folds[0], g, locals_[t], up, r, c, columns, maker)
+                factor = _factor(folds[0], locals_[t], up, r, c)
+                g.zero_() if factor is None else g.mul_(factor)
                 add_picks(g, places[t], r, up)
             else:
                 values = kept_values(maker, tiles[t], again=True)
                 g = logit_gradient(maker, folds, up, values, r, c, places[t], sink.on_tensor(r, c))
-            if columns is not None:
-                g = sink.settled(g, values, r, c)
-                columns.force(places[t]) if in_place else sink.measure(columns, g, values[0], r, c, places[t])
-                tiles[t] = g if g is tiles[t] else tiles[t].copy_(g)
-                continue
             sink.add(g, values, xs, maker.slab(c), sink.open_slab(c), r, c, first_rows=r.start == 0, first_classes=c.start == 0)
-        if whole is not None and sink.filter is not None:
-            chosen = sink.filter.choose(whole.norms, whole.forced, whole.blocks)
-            for t, c in enumerate(slabs):
-                part = whole.cut(c)
-                sink.add_kept(
-                    tiles[t], chosen[:, c.start : c.stop], part, xs, maker.slab(c), sink.open_slab(c), r, c,
-                    first_rows=r.start == 0, first_classes=c.start == 0,
-                )  # fmt: skip
         sink.close_rows()
-        if whole is not None and chosen is not None:
-            sink.keep_tails(tiles, chosen, whole, slabs, xs, r)
     if sink.tails is not None:
         sink.tails.flush(slabs)
     if rows.count == 0:
@@ -215,20 +201,54 @@ def stream_loss(
     return loss, sink.finish() + [d for d in dargs if d is not None]
 
 
-def _gradient_in_place(f: Fold, g: Tensor, local: State, up: Upstream, r: Span, c: Span, columns: Columns | None, maker: TileMaker) -> None:
-    """G, but for the picks' own, in place of what a lone fold left in the tile; its squares are summed on the way."""
+def _factor(f: Fold, local: State, up: Upstream, r: Span, c: Span) -> Tensor | None:
+    """(r, 1): what turns the tile that a lone fold left into its gradient; None: it has none."""
     state, upstream = up.of(0, f, r, c)
-    if upstream[-1] is None:
-        g.zero_()
-        return
-    if columns is None:
-        f.gradient_in_place(g, local, state, upstream)
-        return
-    for b, rows in columns.pieces(g.shape[1]):
-        at = slice(rows.start, rows.stop)
-        above = [None if t is None else t[at] for t in upstream]
-        made = f.gradient_in_place(g[at], tuple([t[at] for t in local]), tuple([t[at] for t in state]), above)
-        columns.add_squares(b, made, maker.pool)
+    return None if upstream[-1] is None else f.factor_in_place(local, state, upstream)
+
+
+def _add_filtered(
+    sink: Sink, folds: Sequence[Fold], up: Upstream, tiles: list[Tensor], places: list[Where], locals_: list[State], slabs: list[Span],
+    xs: list[Tensor], r: Span,
+) -> None:  # fmt: skip
+    """The gradient of a chunk of rows whose tiles are kept: its columns are measured, chosen among all classes, and multiplied.
+
+    locals_: what a lone fold left of each tile in its place; empty: tiles are logits."""
+    maker, chooser = sink.maker, sink.filter
+    assert chooser is not None
+    # the gradients of a bias and of stored logits are read off the whole of dL/dz
+    only_products = len(locals_) > 0 and sink.db is None and maker.stream.given is None and (folds[0].exclude_picks or places[0] is None)
+    whole = Columns.empty(tiles[0], r, maker.c, picked=places[0] is not None, scaled=maker.keeps_z)
+    unscaled: list[Unscaled | None] = [None] * len(slabs)
+    for t, c in enumerate(slabs):
+        columns = whole.cut(c)
+        factor = _factor(folds[0], locals_[t], up, r, c) if locals_ else None
+        if factor is not None and only_products:
+            f = factor.squeeze(1)
+            h = None if up.h is None else up.h[r.start - up.start : r.stop - up.start]
+            unscaled[t] = Unscaled(f, f * locals_[t][-1].squeeze(1), places[t], h)
+            columns.add_squares(tiles[t], f.square(), maker.pool)
+            columns.force(places[t])
+            continue
+        if locals_:
+            values, g = [tiles[t]], tiles[t].zero_() if factor is None else tiles[t].mul_(factor)
+            add_picks(g, places[t], r, up)
+        else:
+            values = kept_values(maker, tiles[t], again=True)
+            g = logit_gradient(maker, folds, up, values, r, c, places[t], sink.on_tensor(r, c))
+        g = sink.settled(g, values, r, c)
+        sink.measure(columns, g, values[0], r, c, places[t])
+        tiles[t] = g if g is tiles[t] else tiles[t].copy_(g)
+    keep = chooser.choose(whole.norms, whole.forced, whole.blocks)
+    tails = [
+        sink.add_kept(
+            tiles[t], keep[:, c.start : c.stop], whole.cut(c), xs, maker.slab(c), sink.open_slab(c), r, c,
+            first_rows=r.start == 0, first_classes=c.start == 0, unscaled=unscaled[t],
+        )
+        for t, c in enumerate(slabs)
+    ]  # fmt: skip
+    sink.close_rows()
+    sink.keep_tails(whole, tails, slabs, xs, r)
 
 
 def kept_values(maker: TileMaker, z: Tensor, again: bool = False) -> list[Tensor]:
