@@ -69,8 +69,9 @@ def test_half_types_add_one_fp32_dw_in_the_forward_plan_and_nothing_in_the_recom
     assert wide * 0.5 <= peak(loss_and_gradients, 1024, c, d, torch.bfloat16, "forward", {}) <= 96 + wide
 
 
-def filtered(n: int, c: int, d: int, gradients: str, workspace: int | None):
-    """A filtered loss of which most columns are dropped, and its gradients, warmed up."""
+def filtered(n: int, c: int, d: int, gradients: str, workspace: int | None, scaled: bool = False):
+    """A filtered loss of which most columns are dropped, and its gradients, warmed up. scaled: its scale learns, too."""
+    scale = torch.ones((), requires_grad=True) if scaled else None
 
     def make(n: int, c: int):
         bias = -2.0 * torch.arange(1.0, c + 1.0).log()
@@ -78,7 +79,7 @@ def filtered(n: int, c: int, d: int, gradients: str, workspace: int | None):
 
     def run(x, w, y, bias):
         with bigclass.planning(gradients=gradients, workspace=workspace):
-            bigclass.linear_cross_entropy(x, w, y, linear_bias=bias, grad_filter=2.0**-6, engine="tiled").backward()
+            bigclass.linear_cross_entropy(x, w, y, linear_bias=bias, logit_scale=scale, grad_filter=2.0**-6, engine="tiled").backward()
         return x.grad, w.grad
 
     for _ in range(2):
@@ -93,6 +94,10 @@ def filtered(n: int, c: int, d: int, gradients: str, workspace: int | None):
 def test_the_filter_keeps_to_its_workspace(gradients, workspace, most):
     """Beside what the products' threads take. Dense logits alone take 1.2 GB."""
     assert peak(filtered, 2048, 150_000, 32, gradients, workspace) <= most
+
+
+def test_the_filter_keeps_to_its_workspace_where_a_scale_learns():
+    assert peak(filtered, 2048, 64_000, 64, "recompute", 64 << 20, True) <= 28 + 8  # of which explain tells 28
 
 
 def one_vs_all(n: int, c: int, d: int, loss: str, dense: bool):

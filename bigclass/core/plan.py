@@ -516,6 +516,8 @@ def explain(
         >>> print(bigclass.explain(8192, 256000, 2304, dtype=torch.bfloat16))  # doctest: +SKIP
     """
     place = torch.device(device)
+    if grad_filter is not None and not 0.0 < grad_filter < 1.0:
+        raise ArgumentError(f"grad_filter: expected None (exact) or a relative error between 0 and 1, such as 2**-8, got {grad_filter!r}")
     if teacher_features is not None:
         if teacher_features < 0 or not (folds is maps is subcenters is None) or one_vs_all or label_smoothing or return_stats:
             raise ArgumentError(f"teacher_features: expected a number >= 0, and of {_NO_TEACHER} none, got {teacher_features}")

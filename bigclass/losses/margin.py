@@ -90,8 +90,8 @@ def linear_margin_loss(
             cos (t + cos). Not with sub-centres.
         reduction: "mean" (over kept rows), "sum" or "none". ignore_index: rows with it contribute exactly nothing; None: -100.
         update: takes the weight's gradient slab by slab in the backward, as in `linear_binary_cross_entropy`: no C x D gradient.
-        grad_filter, engine: as in `linear_cross_entropy`. A class that a block of rows leaves out gets nothing from them, through its norm
-            either.
+        grad_filter, engine: as in `linear_cross_entropy`. A class that a block of rows leaves out gets from them its part of the
+            mean alone, through its norm, too.
 
     Norms are clamped at 1e-12 as in `torch.nn.functional.normalize`. A class of zeros has cosine 0 with everything (and the gradient
     of that clamp, 1e12 long). Features of zeros are refused on a CPU (they have no angle); elsewhere, and in a traced graph, their

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from bigclass.core.folds import LogSumExp
 from bigclass.core.norms import inverse_norms
 from bigclass.core.op import empty_report, reduce_logits, stream_loss
 from bigclass.core.row_losses import register_row_loss
-from bigclass.core.stream import Softcap, Stream
+from bigclass.core.stream import Map, Softcap, Stream, register_map
 from tests.filter_support import KINDS, TOLERANCES, blocks, draw, gradients, left_out, ratios, tiles, without_picks
 
 CE, BCE = bigclass.linear_cross_entropy, bigclass.linear_binary_cross_entropy
@@ -314,6 +316,35 @@ def test_classes_at_minus_infinity_take_no_part(plan):
     assert (made[0] - exact[0]).norm() > 1e-3 * exact[0].norm()
     torch.testing.assert_close(made[2], exact[2], rtol=1e-10, atol=1e-15)
     torch.testing.assert_close(made[3], exact[3], rtol=1e-10, atol=1e-13)
+
+
+@register_map
+@dataclass(frozen=True, eq=False)
+class Leaning(Map):
+    """s = z + tanh z, whose gradient is a new tensor."""
+
+    name: ClassVar[str] = "test.leaning"
+
+    @staticmethod
+    def forward(z, numbers, tensors, out=None):
+        return torch.add(z, torch.tanh(z), out=out)
+
+    @staticmethod
+    def backward(g, z, s, numbers, tensors):
+        return g * (2.0 - torch.tanh(z).square())
+
+
+def test_a_map_may_make_its_gradient_anew():
+    x, w, b, y = draw("popular", N, C, C, identity=True)
+
+    def made(t):
+        stream = Stream(((x, w),), bias=b, maps=(Leaning(),), grad_filter=t)
+        (state,), picked = reduce_logits(stream, y[:, None], (LogSumExp(exclude_picks=True),), engine="tiled")
+        return gradients(F.softplus(state[0] + state[1].log() - picked[:, 0]).sum(), x)[0]
+
+    with tiles(*TILE):
+        some, exact = made(2.0**-5), made(0.0)
+    assert 0.0 < max(ratios(some, exact, y[:, None], blocks(N, *TILE[::2]))) <= 2.0**-5
 
 
 @every_plan

@@ -62,6 +62,12 @@ def test_planning_is_undone_after_the_block_and_refuses_nonsense():
     assert bigclass.explain(2048, 32000, 512) == before
 
 
+@pytest.mark.parametrize("tolerance", [0.0, -0.1, 1.0, float("nan")])
+def test_explain_refuses_what_is_no_tolerance(tolerance):
+    with pytest.raises(ValueError, match="grad_filter: expected None"):
+        bigclass.explain(2048, 32000, 512, grad_filter=tolerance)
+
+
 def test_the_fused_engine_is_planned_for_gpus():
     pytest.importorskip("triton", reason="Triton is not installed")
     plan = bigclass.explain(8192, 128256, 4096, dtype=torch.bfloat16, device="cuda")

@@ -169,10 +169,11 @@ class Sink:
         """Tell the filter of a settled tile (r, c') of the columns c' = live, or all."""
         columns.measure(g, where, self.maker.pool)
         if columns.moments is not None and z is not None:
-            torch.mul(g, self._unscaled(z, r, c, live), out=(buffer := self.maker.pool.get("squares", *g.shape)))
-            buffer.masked_fill_(g == 0.0, 0.0)  # where a bias of -inf is
-            for b, rows in enumerate(columns.rows):
-                torch.sum(buffer[rows.start : rows.stop], 0, out=columns.moments[b])
+            columns.moments.zero_()
+            for b, piece in columns.pieces(g.shape[1]):
+                part, rows = g[piece.start : piece.stop], Span(r.start + piece.start, r.start + piece.stop)
+                moments = self._unscaled(z[piece.start : piece.stop], rows, c, live).mul_(part)
+                columns.moments[b].add_(moments.masked_fill_(part == 0.0, 0.0).sum(0))  # 0: where a bias of -inf is
 
     def _unscaled(self, z: Tensor, r: Span, c: Span, live: Tensor | None) -> Tensor:
         """class_scale sum_p x_p w_p^T, from z."""
