@@ -47,7 +47,7 @@ DEFAULT_WORKSPACE = {"cpu": 80 * MIB, "other": 1024 * MIB}
 # make it at the library's rate (160 rows: 20 % below, on two cores of a Xeon, Sapphire Rapids).
 FILTERED_WORKSPACE = 256 * MIB
 
-# Elements of w, and as many of dw, that the filter gathers at once for the kept columns of a block of rows: 4 MiB of fp32.
+# Elements of w, and as many of dw and of G, that the filter gathers at once for the kept columns of a block: at most 4 MiB of fp32 each.
 GATHERED = 1 << 20
 
 # Rows of a chunk under which its GEMMs lose more than the fourth pass of "recompute" costs.
@@ -141,6 +141,7 @@ class Plan:
     engine: "dense", "tiled" or "fused". gradients: "none", "forward", "slabs" or "recompute".
     chunk: rows whose logits over all classes are kept at once ("forward" only, else 0).
     row_block x class_block: a tile. workspace: bytes of temporary memory. why: a sentence for each choice.
+    Of the tiled engine's filter: gathered: kept columns that are multiplied at once; waiting: blocks whose tails are added together.
     """
 
     engine: str
@@ -150,6 +151,8 @@ class Plan:
     class_block: int
     workspace: int
     why: tuple[str, ...] = ()
+    gathered: int = 0
+    waiting: int = 0
 
     def __str__(self) -> str:
         passes = {"none": 1, "forward": 3, "slabs": 3, "recompute": 4}[self.gradients]
@@ -225,13 +228,14 @@ def choose_gradients(work: Work, options: Settings) -> str:
         return "slabs"
     if options.gradients == "forward":
         return "forward"
-    return "forward" if _chunk_rows(work, options) >= min(work.n, work.of(MIN_CHUNK_ROWS)) else "recompute"
+    least = work.of(MIN_CHUNK_ROWS) // (2 if work.filtered else 1)  # of few kept columns "recompute" costs twice as much, not a third more
+    return "forward" if _chunk_rows(work, options) >= min(work.n, least) else "recompute"
 
 
 def _chunk_rows(work: Work, options: Settings) -> int:
     """Rows of logits that fit the workspace beside the tile buffers of the gradient."""
     tiles = (work.buffers - 1) * min(_tile_elements(work, options), work.n * work.c) * work.item
-    spare = tiles + 2 * _cast_bytes(work, options) + _filter_bytes(work, work.c, True)
+    spare = tiles + 2 * _cast_bytes(work, options) + _filter_bytes(work, options, work.c, 32)
     fit = max(_workspace(work, options) - spare, 0) // max(work.c * work.item, 1)
     return min(fit, _cast_limit(work, options, 1))
 
@@ -246,15 +250,25 @@ def _workspace(work: Work, options: Settings) -> int:
     return FILTERED_WORKSPACE if work.filtered and work.device == "cpu" else work.of(DEFAULT_WORKSPACE)
 
 
-def _filter_bytes(work: Work, classes: int, whole: bool) -> int:
+def _filter_buffers(work: Work, options: Settings) -> dict[str, int]:
+    """`Plan.gathered` and `Plan.waiting`: about a fifth of the workspace at most, together."""
+    if not work.filtered or work.device != "cpu":
+        return {"gathered": 0, "waiting": 0}
+    share = _workspace(work, options) // (16 * work.item)
+    gathered = min(max(min(GATHERED, share) // max(work.d, FILTER_ROWS), 16), max(work.c, 1))
+    return {"gathered": gathered, "waiting": min(max(share // max(work.c, 1), 1), WAITING)}
+
+
+def _filter_bytes(work: Work, options: Settings, classes: int, slabs: int) -> int:
     """What the tiled engine's filter takes beside tiles of so many classes: rows of w and of dw, their columns of G, squares, norms.
 
-    whole: are they all classes? Then tails wait, too."""
-    if not work.filtered or work.device != "cpu":
+    slabs: if these are all classes, in how many tiles; tails wait, then. Else 0."""
+    buffers = _filter_buffers(work, options)
+    if not buffers["gathered"]:
         return 0
-    gathered = min(max(GATHERED // max(work.d, 1), 64), classes)
-    rows = min(work.n, FILTER_ROWS)
-    return work.item * (gathered * (2 * work.d + rows) + min(PIECE, rows * classes) + (3 + WAITING * whole) * classes)
+    rows, gathered = min(work.n, FILTER_ROWS), min(buffers["gathered"], classes)
+    tails = buffers["waiting"] * (classes + slabs * (rows + 2 * work.d)) if slabs else 0
+    return work.item * (gathered * (2 * work.d + rows) + min(PIECE, rows * classes) + 3 * classes + tails)
 
 
 def _cast_bytes(work: Work, options: Settings) -> int:
@@ -314,7 +328,10 @@ def make_plan(work: Work, engine: str = "auto", options: Settings | None = None)
         tiles = (work.buffers - 1) * chunk * class_block * work.item
         cast = (chunk + class_block) * work.d * work.item if work.half else 0
         why += _of_filter(work, name)
-        return Plan(name, gradients, chunk, row_block, class_block, kept + tiles + cast + _filter_bytes(work, c, True), tuple(why))
+        spare = _filter_bytes(work, options, c, -(-c // class_block))
+        return Plan(
+            name, gradients, chunk, row_block, class_block, kept + tiles + cast + spare, tuple(why), **_filter_buffers(work, options)
+        )
     row_block = min(n, CPU_ROW_BLOCK) if work.device == "cpu" else n
     row_block = max(min(row_block, elements // min(c, 1024), _cast_limit(work, options, 1)), 1)
     row_block = -(-n // -(-n // row_block))
@@ -340,7 +357,8 @@ def make_plan(work: Work, engine: str = "auto", options: Settings | None = None)
             cast += n * work.d * work.item
             why.append("dx is summed over slabs of classes in one N x D fp32 buffer")
     why += _of_filter(work, name)
-    return Plan(name, gradients, 0, row_block, class_block, tiles + cast + _filter_bytes(work, class_block, False), tuple(why))
+    size = tiles + cast + _filter_bytes(work, options, class_block, 0)
+    return Plan(name, gradients, 0, row_block, class_block, size, tuple(why), **_filter_buffers(work, options))
 
 
 def _of_filter(work: Work, name: str) -> list[str]:
@@ -348,7 +366,7 @@ def _of_filter(work: Work, name: str) -> list[str]:
     if not work.filtered:
         return []
     if name == "fused":
-        return ["the filter's columns are chosen and multiplied by lists on the device (not where a scale of the logits or classes learns)"]
+        return ["the filter's columns are chosen and multiplied by lists on the device (not beside a class scale or a scale that learns)"]
     if work.device != "cpu":
         return ["the filter drops nothing here: how many columns it keeps would have to be read by the host, and waited for"]
     return ["the filter leaves small columns of the gradient out of its two products"]
@@ -374,7 +392,8 @@ def _slab_plan(work: Work, gradients: str, options: Settings, why: list[str]) ->
         if gradients == "slabs":
             why.append("dw stays fp32 until the upstream gradient arrives (one C x D fp32 buffer)")
     why += _of_filter(work, "tiled")
-    return Plan("tiled", gradients, 0, row_block, class_block, size + _filter_bytes(work, class_block, False), tuple(why))
+    size += _filter_bytes(work, options, class_block, 0)
+    return Plan("tiled", gradients, 0, row_block, class_block, size, tuple(why), **_filter_buffers(work, options))
 
 
 def pair_work(*, maps: int, **described: Any) -> Work:

@@ -30,7 +30,7 @@ from bigclass.core.engines.tiles import Span, TileMaker, Where, product, spans
 from bigclass.core.engines.unscaled import Unscaled
 from bigclass.core.folds import Fold, State, Tile
 from bigclass.core.norms import through_norms
-from bigclass.core.plan import GATHERED
+from bigclass.core.plan import Plan
 
 OnSlab = Callable[[int, int, Tensor], None]  # (first class, class behind the last, their finished dw in fp32, to be used up)
 
@@ -41,12 +41,12 @@ class Sink:
     keep_wide: leave dw (and what else was summed over chunks) in fp32, for an upstream factor that is not known yet.
     whole: dw is summed over all chunks of rows before any slab is finished.
     on_slab: takes each slab's dw (of the one pair there is), which is then not stored.
-    filtered: does the stream's filter act on what is added here?
+    plan: what the stream's filter may take for itself; None: it does not act on what is added here.
     """
 
     def __init__(
         self, maker: TileMaker, folds: Sequence[Fold], needs: Sequence[bool], *, keep_wide: bool, whole: bool,
-        on_slab: OnSlab | None = None, filtered: bool = True,
+        on_slab: OnSlab | None = None, plan: Plan | None = None,
     ) -> None:  # fmt: skip
         self.maker, self.folds, self.rows = maker, folds, maker.rows
         # A power of two about N, undone exactly in the products. At most 4096, so that a sum over rows does not overflow instead.
@@ -68,7 +68,7 @@ class Sink:
         like, c = st.tensors[0], maker.c
         self.filter: ColumnFilter | None = None
         # Elsewhere than on a CPU reading how many columns are kept would be a host sync. A scale of 0 hides what its gradient is made of.
-        if filtered and st.grad_filter and st.device.type == "cpu" and not (need_scale and maker.alpha == 0.0):
+        if plan is not None and plan.gathered and st.grad_filter and st.device.type == "cpu" and not (need_scale and maker.alpha == 0.0):
             self.filter = ColumnFilter(st.grad_filter, max(self.rows.count, 1), c, like.new_empty(0, dtype=acc))
             maker.keeps_z = need_scale
         self._zeroed = zeros = self.filter is not None  # products that leave columns out only add
@@ -92,7 +92,8 @@ class Sink:
                 fresh(w, w.shape, acc, zeros=zeros) if t is None else t for t, (_, w) in zip(self._dw_sum, st.pairs, strict=True)
             ]
         # Where rows are whole, so are tails; elsewhere each slab has its own, added at once.
-        self.tails = Tails(maker, self.dx, self._dw_sum) if whole and zeros else None
+        self.gathered = plan.gathered if plan is not None else 0
+        self.tails = Tails(maker, self.dx, self._dw_sum, plan.waiting) if whole and zeros and plan is not None else None
         self._dx_sum: list[Tensor | None] = [None] * len(st.pairs)
         self.wants_tensors = any(any(flags) for flags in self.need_folds)
 
@@ -215,7 +216,7 @@ class Sink:
             factor = None if unscaled is None else unscaled.factor[rows.start : rows.stop]
             dropped = None if unscaled is None else unscaled.sums[rows.start : rows.stop].clone()
             chosen = columns.nonzero().squeeze(-1)
-            for some in chosen.split(max(GATHERED // max(x.shape[1] for x in xs), 64)) if count else ():
+            for some in chosen.split(self.gathered) if count else ():
                 out = self.maker.pool.get("kept g", rows.size, some.numel())
                 if unscaled is None or dropped is None:
                     picked = torch.gather(part, 1, some.expand(rows.size, -1), out=out)
@@ -223,9 +224,9 @@ class Sink:
                     picked, kept = unscaled.gather(g, some, rows, out)
                     dropped.sub_(kept)
                 self._multiply(picked, own, ws, sums, here, c, some if live is None else live[some], False, False)
-            tails[b] = Tail.of(part, ~columns, dropped, factor)
+            tails[b] = tail = Tail.of(part, ~columns, dropped, factor)
             if self.tails is None:
-                self._put_back(tails[b], own, ws, sums, here, c, live)
+                self._put_back(tail, own, ws, sums, here, c, live)
         return tails
 
     def _put_back(

@@ -39,7 +39,7 @@ def slab_loss(
     rows = Rows(stream.shape[0], keep)
     maker = TileMaker(stream, picks, rows)
     tensors = len(stream.tensors) + sum(len(f.tensors) for f in folds)
-    sink = Sink(maker, folds, needs[:tensors], keep_wide=on_slab is None, whole=False, on_slab=on_slab)
+    sink = Sink(maker, folds, needs[:tensors], keep_wide=on_slab is None, whole=False, on_slab=on_slab, plan=plan)
     like = maker.pool.get("empty", 0, 0)
     everything = Span(0, rows.count)
     states = [f.identity(rows.count, like) for f in folds]

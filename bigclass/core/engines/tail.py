@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bigclass.core.engines.tiles import WIDE_OUTPUT, Span, TileMaker
 
-WAITING = 16  # blocks whose outer products are added together: each takes C + D numbers until then
+WAITING = 16  # blocks whose outer products are added together, at most: each takes C numbers until then
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +65,16 @@ def matvec(t: Tensor, v: Tensor) -> Tensor:
 class Tails:
     """Tails of blocks over all slabs, added to dx and to dw some blocks at a time."""
 
-    def __init__(self, maker: TileMaker, dx: Sequence[Tensor | None], dw: Sequence[Tensor | None]) -> None:
-        """dx: (N, D_p) finished gradients. dw: (C, D_p) sums, without the scale of the classes."""
-        self.maker, self.dx, self.dw = maker, dx, dw
+    def __init__(self, maker: TileMaker, dx: Sequence[Tensor | None], dw: Sequence[Tensor | None], waiting: int = WAITING) -> None:
+        """dx: (N, D_p) finished gradients. dw: (C, D_p) sums, without the scale of the classes. waiting: blocks added together."""
+        self.maker, self.dx, self.dw, self._most = maker, dx, dw, waiting
         self._waiting: list[tuple[Span, Tensor, list[Tensor], list[Tensor]]] = []  # rows, m (r, slabs), a of each slab, m^T x of each pair
 
     def add(self, rows: Span, tails: Sequence[Tail], slabs: Sequence[Span], xs: Sequence[Tensor]) -> None:
         """tails: of the block `rows`, one a slab. xs: its features, of each pair."""
         m = torch.stack([tail.m for tail in tails], 1)
         self._waiting.append((rows, m, [tail.a for tail in tails], [m.t() @ x for x in xs]))
-        if len(self._waiting) == WAITING:
+        if len(self._waiting) >= self._most:
             self.flush(slabs)
 
     def flush(self, slabs: Sequence[Span]) -> None:

@@ -89,7 +89,7 @@ def reduce_backward(
     report: (2,), takes what the filter kept and promised."""
     rows = Rows(stream.shape[0], keep)
     maker = TileMaker(stream, picks, rows)
-    sink = Sink(maker, folds, needs, keep_wide=keep_wide, whole=False, on_slab=on_slab)
+    sink = Sink(maker, folds, needs, keep_wide=keep_wide, whole=False, on_slab=on_slab, plan=plan)
     if rows.count == 0:
         sink.no_rows()
         return sink.finish()
@@ -136,7 +136,7 @@ def stream_loss(
     rows = Rows(stream.shape[0], keep)
     maker = TileMaker(stream, picks, rows)
     tensors = len(stream.tensors) + sum(len(f.tensors) for f in folds)
-    sink = Sink(maker, folds, needs[:tensors], keep_wide=True, whole=True)
+    sink = Sink(maker, folds, needs[:tensors], keep_wide=True, whole=True, plan=plan)
     like = maker.pool.get("empty", 0, 0)
     loss: Tensor | None = None
     dargs = [a.new_zeros(a.shape, dtype=maker.dtype) if need else None for a, need in zip(args, needs[tensors:], strict=True)]

@@ -314,7 +314,7 @@ def reduce_backward(
     on_slab, keep_wide: of the sink (sink.py). report: (2,), takes what the filter kept and promised."""
     source = _Source(stream, picks, folds, keep)
     maker, n = source.maker, stream.shape[0]
-    sink = Sink(maker, folds, needs, keep_wide=keep_wide, whole=False, on_slab=on_slab, filtered=False)
+    sink = Sink(maker, folds, needs, keep_wide=keep_wide, whole=False, on_slab=on_slab)
     sink.filter = source.make_filter(needs)
     everything = Span(0, n)
     if n == 0:
@@ -345,7 +345,7 @@ def stream_loss(
     source = _Source(stream, picks, folds, keep)
     maker, n = source.maker, stream.shape[0]
     tensors = len(stream.tensors) + sum(len(f.tensors) for f in folds)
-    sink = Sink(maker, folds, needs[:tensors], keep_wide=True, whole=True, filtered=False)
+    sink = Sink(maker, folds, needs[:tensors], keep_wide=True, whole=True)
     sink.filter = source.make_filter(needs)
     like = maker.pool.get("empty", 0, 0)
     loss = like.new_zeros(())
@@ -392,7 +392,7 @@ def slab_loss(
     source = _Source(stream, picks, (*folds, *observed), keep)
     maker, n = source.maker, stream.shape[0]
     tensors = len(stream.tensors) + sum(len(f.tensors) for f in folds)
-    sink = Sink(maker, folds, needs[:tensors], keep_wide=on_slab is None, whole=False, on_slab=on_slab, filtered=False)
+    sink = Sink(maker, folds, needs[:tensors], keep_wide=on_slab is None, whole=False, on_slab=on_slab)
     sink.filter = source.make_filter(needs)
     like = maker.pool.get("empty", 0, 0)
     everything = Span(0, n)
