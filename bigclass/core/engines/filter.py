@@ -10,7 +10,8 @@ and a block that would keep more than `MOST` of its columns runs in full: gather
 gradient is spread evenly (early in training) nothing is lost at all.
 
 Where all of a block's columns are at hand (`stream_loss` keeps whole rows) they are chosen together. Elsewhere they come a slab after the
-other: each may spend what the norm so far allows and those before it left. The whole norm is no less, so the promise holds in any order.
+other: of what the norm so far allows each may spend its share of the classes, and what those before it left. The whole norm is no less, so
+the promise holds in any order. (Without shares the first slab, which in a vocabulary holds the frequent classes, would spend everything.)
 
 What is dropped takes no part in the products dw = G^T x and dx = G w, but for its outer product (tail.py), which brings it nearer. All else
 (bias, scale, parameters of maps and folds) is read off the whole tile. Cost: a square and a sum a logit. Norms are in fp32, 1 ulp of which
@@ -45,15 +46,17 @@ class ColumnFilter:
         self._least = 1e3 * torch.finfo(like.dtype).tiny * classes / tolerance**2
         self._total, self._spent = like.new_zeros(rows, dtype=wide), like.new_zeros(rows, dtype=wide)
         self._kept, self._seen = like.new_zeros(rows, dtype=wide), like.new_zeros(rows, dtype=wide)
-        self._back = like.new_zeros(rows, dtype=wide)
+        self._back, self._passed = like.new_zeros(rows, dtype=wide), like.new_zeros(rows, dtype=wide)
+        self._classes = max(classes, 1)
 
-    def choose(self, norms: Tensor, forced: Tensor | None, blocks: Tensor) -> Tensor:
+    def choose(self, norms: Tensor, forced: Tensor | None, blocks: Tensor, passed: int | None = None) -> Tensor:
         """(b, c) bool: the columns to keep.
 
         norms: (b, c) squared norms of some columns, NaN or infinite if a gradient was. forced: (b, c) bool, those to keep in any case.
-        blocks: (b,) first row of each block."""
+        blocks: (b,) first row of each block. passed: of how many classes these are all columns that are not 0; None: c."""
         total = self._total[blocks] + norms.sum(1, dtype=self._total.dtype)
-        budget = total * self._share - self._spent[blocks]
+        self._passed[blocks] += norms.shape[1] if passed is None else passed
+        budget = total * self._share * (self._passed[blocks] / self._classes) - self._spent[blocks]
         budget = torch.where((total > self._least) & total.isfinite(), budget, -1.0)  # -1: keep all (of NaN too)
         droppable = norms if forced is None else norms.masked_fill(forced, torch.inf)
         keep = _kept_on_cpu(droppable, budget) if norms.device.type == "cpu" else _kept(droppable, budget)

@@ -143,7 +143,7 @@ class Sink:
         z = None if values is None else values[0]
         columns = Columns.empty(g, r, g.shape[1], picked=where is not None, scaled=self.dscale is not None and z is not None)
         self.measure(columns, g, z, r, c, where, live)
-        keep = self.filter.choose(columns.norms, columns.forced, columns.blocks)
+        keep = self.filter.choose(columns.norms, columns.forced, columns.blocks, c.size)
         self.add_kept(g, keep, columns, xs, ws, sums, r, c, first_rows=first_rows, first_classes=first_classes, live=live)
 
     def settled(self, g: Tensor, values: list[Tensor] | None, r: Span, c: Span, live: Tensor | None = None) -> Tensor:
