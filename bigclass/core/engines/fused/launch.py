@@ -1,7 +1,7 @@
 """Which tile on which GPU, and how a kernel is started.
 
 Tiles are fixed per architecture, never tuned while a training run waits. They are the largest of those tried that spill in
-no recipe, by Triton 3.6, 3.8 and 3.9 (tests/core/fused/test_compile.py holds them to it). As `python -m benchmarks.kernels --dtype bf16` prints
+no recipe, by Triton 3.6, 3.8 and 3.9 (tests/core/fused/test_compile.py sees to it). As `python -m benchmarks.kernels --dtype bf16` prints
 them, compiled by Triton 3.9 and not timed: registers of a thread / arithmetic instructions of the epilogue a logit.
 
                           sm_80                       sm_90                       sm_100
