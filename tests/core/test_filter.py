@@ -323,7 +323,7 @@ def test_classes_at_minus_infinity_take_no_part(plan):
 class Leaning(Map):
     """s = z + tanh z, whose gradient is a new tensor."""
 
-    name: ClassVar[str] = "test.leaning"
+    name: ClassVar[str] = "tests.leaning"
 
     @staticmethod
     def forward(z, numbers, tensors, out=None):

@@ -29,7 +29,7 @@ def run_together(*commands: list[str], folder: Path) -> list[str]:
     pipe = subprocess.PIPE
     started = [subprocess.Popen(command, cwd=folder, env=environment(), stdout=pipe, stderr=pipe, text=True) for command in commands]
     try:
-        made = [process.communicate(timeout=120) for process in started]
+        made = [process.communicate(timeout=600) for process in started]
     finally:
         for process in started:
             process.kill()
@@ -201,7 +201,7 @@ def test_a_missing_package_is_named_with_its_command(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(hiding)
     path = os.pathsep.join((str(tmp_path), str(ROOT)))
     command = [sys.executable, str(ROOT / "examples" / "timm_patches.py")]
-    done = subprocess.run(command, env=environment() | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment() | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1
     assert done.stderr.strip() == "This example needs timm, not installed here: run pip install 'bigclass[examples]'"
 

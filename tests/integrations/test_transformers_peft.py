@@ -136,16 +136,28 @@ def test_a_head_beside_adapters_is_resized_and_one_within_is_not(order):
         wrapped("lora", False, order).resize_token_embeddings(C + 4)
 
 
-def test_adapters_of_transformers_own_and_mixed_ones_stream():
+def takes_this_peft() -> bool:
+    """transformers 5.24 asks for a PEFT (0.22) that was not released when it was."""
+    try:
+        llama(False).add_adapter(peft.LoraConfig(r=2, target_modules=["lm_head"]))
+    except ValueError as error:
+        if "version of PEFT" not in str(error):
+            raise
+        return False
+    return True
+
+
+@pytest.mark.parametrize("which", ["own", "mixed"])
+def test_adapters_of_transformers_own_and_mixed_ones_stream(which):
+    if which == "own" and not takes_this_peft():
+        pytest.skip(f"the installed transformers refuses PEFT {peft.__version__} for adapters of its own")
     made = []
     for convert in (bigclass.convert_head, lambda model, **_: model):
         config = peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
-        inside, around = llama(False), llama(False)
+        model = llama(False)
         torch.manual_seed(2)
-        inside.add_adapter(config)
-        torch.manual_seed(2)
-        around = peft.get_peft_model(around, config, mixed=True)
-        made.append([convert(model.double().train(), engine="tiled") for model in (inside, around)])
-    for model, dense in zip(*made, strict=True):
-        check_step(model, dense, lazy=True)
-        assert no_heads(bigclass.restore_head(model))
+        model = peft.get_peft_model(model, config, mixed=True) if which == "mixed" else (model.add_adapter(config), model)[1]
+        made.append(convert(model.double().train(), engine="tiled"))
+    model, dense = made
+    check_step(model, dense, lazy=True)
+    assert no_heads(bigclass.restore_head(model))
