@@ -35,6 +35,9 @@ SCHEMA = 2  # 1: without the pass "backward" and without "exact"
 BASELINES = (DENSE, FLOOR, FLOOR_FP32)
 NONE = "–"
 
+# Matrix products of the floor.
+PRODUCTS: dict[Pass, int] = {"forward": 1, "backward": 2, "forward+backward": 3}
+
 # Names in a table's head.
 SHORT = {DENSE: "dense", FLOOR: "GEMM", FLOOR_FP32: "fp32", "forward": "forward", "backward": "backward", "forward+backward": "fwd+bwd"}
 
@@ -121,9 +124,9 @@ def print_absences(cases: Sequence[Case], console: Console) -> None:
 
 def _caption(case: Case) -> str:
     lines = []
-    floor = next((case.figures[FLOOR, which] for which in case.passes() if (FLOOR, which) in case.figures), None)
-    if floor:
-        rate = case.shape.pass_flops / floor.median
+    timed = next((which for which in case.passes() if (FLOOR, which) in case.figures), None)
+    if timed:
+        rate = PRODUCTS[timed] * case.shape.pass_flops / case.figures[FLOOR, timed].median
         lines.append(f"one product is {case.shape.pass_flops / 1e9:.3g} GFLOP; {FLOOR} at {rate / 1e12:.3g} TFLOP/s")
         spread = max(max(f.seconds) / min(f.seconds) for (name, _), f in case.figures.items() if name == FLOOR)
         if spread > BUSY:
