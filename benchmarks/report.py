@@ -124,7 +124,7 @@ def print_absences(cases: Sequence[Case], console: Console) -> None:
 
 def _caption(case: Case) -> str:
     lines = []
-    timed = next((which for which in case.passes() if (FLOOR, which) in case.figures), None)
+    timed: Pass | None = next((which for which in case.passes() if (FLOOR, which) in case.figures), None)
     if timed:
         rate = PRODUCTS[timed] * case.shape.pass_flops / case.figures[FLOOR, timed].median
         lines.append(f"one product is {case.shape.pass_flops / 1e9:.3g} GFLOP; {FLOOR} at {rate / 1e12:.3g} TFLOP/s")
