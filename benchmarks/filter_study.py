@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shlex
 import sys
 import time
@@ -123,8 +122,7 @@ def run(options: Options, command: str) -> None:
             "part": part,
             "command": command,
             "started": time.strftime("%Y-%m-%dT%H-%M-%S"),
-            # without the kernel's release, which says nothing of the hardware
-            "machine": describe_machine(device) | {"system": f"{platform.system()} {platform.machine()}"},
+            "machine": describe_machine(device),
             "versions": {name: version for name, version in describe_versions().items() if version},
             "settings": {"rows_of_block": FILTER_ROWS}
             | ({"training": asdict(options.training)} if part == "training" else {"sizes": asdict(options.sizes)}),

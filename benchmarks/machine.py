@@ -23,7 +23,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     machine = {
         "name": hardware_name(device),
         "device": device.type,
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

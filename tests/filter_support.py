@@ -16,11 +16,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import bigclass
 from bigclass.core import op, problem
 from bigclass.core.engines.tail import Tail
 
 TOLERANCES = (2.0**-10, 2.0**-8, 2.0**-6, 2.0**-4)
 KINDS = ("flat", "early", "peaked", "onehot", "popular")
+
+
+PLANS = ("forward", "recompute", "slabs")
+N, C, TILE = 70, 193, (24, 50, 8)  # ragged: chunks of 24, 24 and 22 rows, slabs of 50 and 43 classes, blocks of 8 and 6 rows
+
+every_plan = pytest.mark.parametrize("plan", PLANS)
+every_tolerance = pytest.mark.parametrize("tolerance", TOLERANCES, ids=lambda t: f"2^{math.log2(t):g}")
+
+
+def loss_of(plan, x, w, b, y, tolerance, **options):
+    """A loss on the road of this plan. Slabs: one-vs-all, of logits that are as rare as labels are."""
+    if plan == "slabs":
+        return bigclass.linear_binary_cross_entropy(
+            x, w, y, linear_bias=b, reduction="batchmean", grad_filter=tolerance, engine="tiled", **options
+        )
+    with bigclass.planning(gradients=plan):
+        return bigclass.linear_cross_entropy(x, w, y, linear_bias=b, grad_filter=tolerance, engine="tiled", **options)
 
 
 def draw(kind: str, n: int, c: int, d: int, dtype: torch.dtype = torch.float64, seed: int = 0, *, identity: bool = False):

@@ -20,22 +20,26 @@ from bigclass.core.norms import inverse_norms
 from bigclass.core.op import empty_report, reduce_logits, stream_loss
 from bigclass.core.row_losses import register_row_loss
 from bigclass.core.stream import Map, Softcap, Stream, register_map
-from tests.filter_support import KINDS, TOLERANCES, blocks, draw, gradients, left_out, ratios, tiles, without_picks
+from tests.filter_support import (
+    KINDS,
+    PLANS,
+    TILE,
+    TOLERANCES,
+    C,
+    N,
+    blocks,
+    draw,
+    every_plan,
+    every_tolerance,
+    gradients,
+    left_out,
+    loss_of,
+    ratios,
+    tiles,
+    without_picks,
+)
 
 CE, BCE = bigclass.linear_cross_entropy, bigclass.linear_binary_cross_entropy
-PLANS = ("forward", "recompute", "slabs")
-N, C, TILE = 70, 193, (24, 50, 8)  # ragged: chunks of 24, 24 and 22 rows, slabs of 50 and 43 classes, blocks of 8 and 6 rows
-
-every_plan = pytest.mark.parametrize("plan", PLANS)
-every_tolerance = pytest.mark.parametrize("tolerance", TOLERANCES, ids=lambda t: f"2^{math.log2(t):g}")
-
-
-def loss_of(plan, x, w, b, y, tolerance, **options):
-    """A loss on the road of this plan. Slabs: one-vs-all, of logits that are as rare as labels are."""
-    if plan == "slabs":
-        return BCE(x, w, y, linear_bias=b, reduction="batchmean", grad_filter=tolerance, engine="tiled", **options)
-    with bigclass.planning(gradients=plan):
-        return CE(x, w, y, linear_bias=b, grad_filter=tolerance, engine="tiled", **options)
 
 
 def run(plan, kind, tolerance, tile=TILE, seed=0, **options):

@@ -10,27 +10,25 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-import bigclass
 from bigclass.core.engines.tail import Tail
 from bigclass.core.folds import LogSumExp
 from bigclass.core.op import empty_report, reduce_logits
 from bigclass.core.stream import Stream
-from tests.filter_support import KINDS, TOLERANCES, blocks, draw, gradients, tiles, without_picks
-
-CE, BCE = bigclass.linear_cross_entropy, bigclass.linear_binary_cross_entropy
-PLANS = ("forward", "recompute", "slabs")
-N, C, TILE = 70, 193, (24, 50, 8)  # ragged: chunks of 24, 24 and 22 rows, slabs of 50 and 43 classes, blocks of 8 and 6 rows
-
-every_plan = pytest.mark.parametrize("plan", PLANS)
-every_tolerance = pytest.mark.parametrize("tolerance", TOLERANCES, ids=lambda t: f"2^{math.log2(t):g}")
-
-
-def loss_of(plan, x, w, b, y, tolerance, **options):
-    """A loss on the road of this plan."""
-    if plan == "slabs":
-        return BCE(x, w, y, linear_bias=b, reduction="batchmean", grad_filter=tolerance, engine="tiled", **options)
-    with bigclass.planning(gradients=plan):
-        return CE(x, w, y, linear_bias=b, grad_filter=tolerance, engine="tiled", **options)
+from tests.filter_support import (
+    KINDS,
+    PLANS,
+    TILE,
+    C,
+    N,
+    blocks,
+    draw,
+    every_plan,
+    every_tolerance,
+    gradients,
+    loss_of,
+    tiles,
+    without_picks,
+)
 
 
 def off(made, exact, picks, parts):
