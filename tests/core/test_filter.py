@@ -17,7 +17,7 @@ from bigclass.core.compare import compare_sum
 from bigclass.core.divergences import Forward
 from bigclass.core.folds import LogSumExp
 from bigclass.core.norms import inverse_norms
-from bigclass.core.op import empty_report, reduce_logits, stream_loss
+from bigclass.core.op import reduce_logits, stream_loss
 from bigclass.core.row_losses import register_row_loss
 from bigclass.core.stream import Map, Softcap, Stream, register_map
 from tests.filter_support import (
@@ -35,6 +35,7 @@ from tests.filter_support import (
     left_out,
     loss_of,
     ratios,
+    reported,
     tiles,
     without_picks,
 )
@@ -74,15 +75,8 @@ def test_the_promised_error_is_that_of_the_worst_block(tolerance, kind):
     x, w, b, y = draw(kind, N, C, C, identity=True)
     picks = y[:, None]
 
-    def both(t):
-        stream = Stream(((x, w),), bias=b, grad_filter=t)
-        report = empty_report(stream)
-        (state,), picked = reduce_logits(stream, picks, (LogSumExp(exclude_picks=True),), engine="tiled", report=report)
-        assert report.isnan().all()
-        return gradients(F.softplus(state[0] + state[1].log() - picked[:, 0]).sum(), x)[0], report.tolist()
-
     with tiles(*TILE):
-        (made, (share, promised)), (exact, of_exact) = both(tolerance), both(0.0)
+        (made, (share, promised)), (exact, of_exact) = (reported(x, w, b, picks, t) for t in (tolerance, 0.0))
     assert of_exact == [1.0, 0.0]
     worst = max(ratios(made, exact, picks, blocks(N, *TILE[::2])))
     assert worst <= promised * (1.0 + 1e-6) and promised <= tolerance

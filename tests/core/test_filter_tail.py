@@ -11,9 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bigclass.core.engines.tail import Tail
-from bigclass.core.folds import LogSumExp
-from bigclass.core.op import empty_report, reduce_logits
-from bigclass.core.stream import Stream
 from tests.filter_support import (
     KINDS,
     PLANS,
@@ -26,6 +23,7 @@ from tests.filter_support import (
     every_tolerance,
     gradients,
     loss_of,
+    reported,
     tiles,
     without_picks,
 )
@@ -61,14 +59,8 @@ def test_the_promised_error_knows_what_came_back(tolerance, kind):
     x, w, b, y = draw(kind, N, C, C, identity=True)
     picks = y[:, None]
 
-    def both(t):
-        stream = Stream(((x, w),), bias=b, grad_filter=t)
-        report = empty_report(stream)
-        (state,), picked = reduce_logits(stream, picks, (LogSumExp(exclude_picks=True),), engine="tiled", report=report)
-        return gradients(F.softplus(state[0] + state[1].log() - picked[:, 0]).sum(), x)[0], report.tolist()
-
     with tiles(*TILE, tails=True):
-        (made, (_, promised)), (exact, _) = both(tolerance), both(0.0)
+        (made, (_, promised)), (exact, _) = (reported(x, w, b, picks, t) for t in (tolerance, 0.0))
     worst = max(off(made, exact, picks, blocks(N, *TILE[::2])))
     assert worst <= promised * (1.0 + 1e-6) and promised <= tolerance
     assert promised <= 3.0 * worst or kind not in ("peaked", "popular")

@@ -39,11 +39,10 @@ class Tail:
     def of(cls, g: Tensor, drop: Tensor, m: Tensor | None = None, factor: Tensor | None = None) -> Tail:
         """g: (r, c) dL/dz, or with a factor (r,) what its rows are to be multiplied by. drop: (c,) bool, its columns that were dropped.
 
-        m: (r,) D 1, if it is known. All numbers come in fp32 (fp64)."""
+        m: (r,) D 1, if it is known (beside a factor it must be). All numbers come in fp32 (fp64)."""
         wide = torch.promote_types(g.dtype, torch.float32)
         if m is None:
             m = matvec(g, drop.to(wide))
-            m = m if factor is None else m * factor
         peak = m.abs().amax()
         there = drop.any() & (peak > 0) & peak.isfinite()  # where nothing is dropped g may hold NaN
         # squares of gradients of a mean over many rows would underflow; rounded to g's type here, m is the m of both products

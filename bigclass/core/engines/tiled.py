@@ -217,7 +217,7 @@ def _add_filtered(
     maker, chooser = sink.maker, sink.filter
     assert chooser is not None
     # the gradients of a bias and of stored logits are read off the whole of dL/dz
-    only_products = len(locals_) > 0 and sink.db is None and maker.stream.given is None and (folds[0].exclude_picks or places[0] is None)
+    only_products = sink.db is None and maker.stream.given is None
     whole = Columns.empty(tiles[0], r, maker.c, picked=places[0] is not None, scaled=maker.keeps_z)
     unscaled: list[Unscaled | None] = [None] * len(slabs)
     for t, c in enumerate(slabs):
