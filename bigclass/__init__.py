@@ -39,6 +39,7 @@ from bigclass.losses.multilabel import (
 from bigclass.losses.positives import pad_positives
 from bigclass.losses.softmax import Stats
 from bigclass.losses.targets import SparseTarget
+from bigclass.parallel.layer import Spread
 
 __version__ = "0.1.0"
 
@@ -56,6 +57,7 @@ __all__ = [
     "MultiLabelHead",
     "Plan",
     "SparseTarget",
+    "Spread",
     "Stats",
     "TopClasses",
     "cached_step",

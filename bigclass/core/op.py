@@ -150,10 +150,7 @@ def observed_loss(
     # an observed fold is shown tiles once: where chunks of whole rows are kept, it would need them all again
     if name == "dense" or gradients == "recompute" or (observed and gradients == "forward"):
         states, picked = reduce_logits(stream, picks, [*folds, *observed], keep=keep, engine=name)
-        states, seen = states[: len(folds)], [tuple([t.detach() for t in s]) for s in states[len(folds) :]]
-        if keep is not None:  # what ignored rows hold (0 times an infinite identity is NaN) must not reach the gradients of args
-            states = [tuple([torch.where(beside(keep, t), t, 0.0) for t in state]) for state in states]
-        return summed(ROW_LOSSES[row_loss](states, picked, args, numbers), keep, stream), seen
+        return loss_of_states(stream, states, picked, len(folds), row_loss, args, numbers, keep)
     check(stream, picks, [*folds, *observed], keep)
     refuse_transforms(tensors)
     recipe, constants, tensors = pack(stream, [*folds, *observed])
@@ -161,6 +158,17 @@ def observed_loss(
     out = iter(loss_op(tensors, picks, keep, list(args), recipe, constants, row_loss, [*numbers, 0.0], plan, needs))
     loss = next(out)
     return loss, [squeezed(tuple([next(out) for _ in f.differentiable])) for f in observed]
+
+
+def loss_of_states(
+    stream: Stream, states: Sequence[State], picked: Tensor | None, read: int, row_loss: str, args: Sequence[Tensor],
+    numbers: Sequence[float], keep: Tensor | None,
+) -> tuple[Tensor, list[State]]:  # fmt: skip
+    """The sum over rows of a row loss of the first `read` states; the other states, without gradients."""
+    states, seen = states[:read], [tuple([t.detach() for t in s]) for s in states[read:]]
+    if keep is not None:  # what ignored rows hold (0 times an infinite identity is NaN) must not reach the gradients of args
+        states = [tuple([torch.where(beside(keep, t), t, 0.0) for t in state]) for state in states]
+    return summed(ROW_LOSSES[row_loss](states, picked, args, numbers), keep, stream), seen
 
 
 def _scales_frozen(stream: Stream) -> bool:

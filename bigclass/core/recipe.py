@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ def unpack(recipe: str, numbers: Sequence[float], tensors: Sequence[Tensor]) -> 
     number, tensor = iter(numbers), iter(tensors)
     scale, grad_filter = next(number), next(number)
     operands = tuple([(next(tensor), next(tensor)) for _ in range(pairs)])
-    named = {name: next(tensor) for name in optional}
+    named: dict[str, Any] = {name: next(tensor) for name in optional}
     made = tuple([MAPS[name](_take(number, count), _take(tensor, size)) for name, count, size in maps])
     folds = tuple([FOLDS[name](_take(number, count), _take(tensor, size), out, axis) for name, count, size, out, axis in parts])
     stream = Stream(

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from bigclass.core.errors import ArgumentError, ArgumentTypeError
+from bigclass.core.shards import Layout
 from bigclass.core.triton_form import TritonForm, triton_form
 
 if TYPE_CHECKING:  # the name inside Triton forms; bound when the form is compiled
@@ -177,6 +178,8 @@ class Stream:
     scale: a number times, if `scale_tensor` (shape [] or [1]) is there, a learnable scalar. maps: applied in order.
     compute_dtype: what the products' operands are cast to, tile by tile, on devices with units for it
     (autocast sets it); None: the wider of each pair's dtypes. Sums are always in fp32 (fp64 for fp64 operands).
+    layout: how classes and rows are spread over ranks, for those who merge what the core folds; then w, bias and class_scale are this
+    rank's, and the core itself is only handed streams without one.
     """
 
     pairs: tuple[tuple[Tensor, Tensor], ...] = ()
@@ -190,6 +193,7 @@ class Stream:
     normalized: bool = False
     bias_last: bool = False
     grad_filter: float = 0.0
+    layout: Layout | None = None
 
     def __post_init__(self) -> None:
         # A leading Scale is absorbed: exact, and free in every tile.
@@ -206,7 +210,9 @@ class Stream:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(N, C)"""
+        """(N, C), C of all ranks."""
+        if self.layout is not None and self.layout.classes is not None:
+            return self.tensors[0].shape[0], self.layout.classes.total
         if self.pairs:
             return self.pairs[0][0].shape[0], self.pairs[0][1].shape[0]
         assert self.given is not None
@@ -215,7 +221,7 @@ class Stream:
     @property
     def is_linear(self) -> bool:
         """Are the logits x w^T + b, nothing else, in the operands' own dtype?"""
-        bare = self.class_scale is None and self.given is None and self.scale_tensor is None and self.scale == 1.0
+        bare = self.class_scale is None and self.given is None and self.scale_tensor is None and self.scale == 1.0 and self.layout is None
         return bare and len(self.pairs) == 1 and not self.maps and self.compute_dtype is None
 
     @property

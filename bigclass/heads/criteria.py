@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from bigclass.core.errors import ArgumentError, ArgumentTypeError
 from bigclass.core.folds import LogSumExp, log_sum, log_sum_exp
-from bigclass.core.op import reduce_logits, stream_loss
 from bigclass.core.row_losses import ROW_LOSSES, register_row_loss
 from bigclass.heads.lazy import LazyLogits
 from bigclass.heads.lazy.base import result_dtype
@@ -26,6 +25,7 @@ from bigclass.losses.folds import TemperedMoment
 from bigclass.losses.inputs import check_index, check_range
 from bigclass.losses.one_vs_all import LOSSES
 from bigclass.losses.targets import SparseTarget
+from bigclass.parallel.classes import reduce_logits, stream_loss
 
 # (criterion, lazy logits, target) -> loss, or NotImplemented where this combination does not stream
 Streamed = Callable[[Any, LazyLogits, Any], Any]

@@ -28,6 +28,7 @@ from bigclass.losses.inputs import check_smoothing, check_tensor, filter_of
 from bigclass.losses.log_prob import linear_log_prob, linear_sequence_log_prob, linear_topk
 from bigclass.losses.multi_token import linear_multi_token_cross_entropy
 from bigclass.losses.targets import SparseTarget
+from bigclass.parallel.layer import Spread
 
 
 def _check_bare(head: nn.Linear) -> None:
@@ -79,10 +80,11 @@ class LinearHead(nn.Linear):
     ignore_index: int = -100
     grad_filter: float | None = None
     engine: str = "auto"
+    group: Any = None
     lazy: bool = True
     always_lazy: bool = False  # in evaluation and under no_grad, too: for a while, where only the loss is wanted
     _is_replica: bool = False  # nn.DataParallel says so of its copies
-    _OPTIONS = ("softcap", "logit_scale", "label_smoothing", "z_loss", "ignore_index", "grad_filter", "engine", "lazy")
+    _OPTIONS = ("softcap", "logit_scale", "label_smoothing", "z_loss", "ignore_index", "grad_filter", "engine", "group", "lazy")
     _OWN: tuple[str, ...] = ()  # those of a subclass
 
     def __init__(self, in_features: int, out_features: int, bias: bool, *, device=None, dtype=None, **options: Any) -> None:
@@ -132,6 +134,7 @@ class LinearHead(nn.Linear):
             Softcap.at(self.softcap)  # raises for a cap that is not positive
         check_smoothing(self.label_smoothing, self.z_loss)
         filter_of(self.grad_filter)  # raises for what is no tolerance
+        self.group = Spread.of(self.group)
         if self.engine not in ENGINES:
             raise ArgumentError(f"engine: expected one of {ENGINES}, got {self.engine!r}")
 
@@ -150,7 +153,7 @@ class LinearHead(nn.Linear):
         """What a forward without targets returns."""
         if not self.streams:
             return self.logits(features)
-        return lazy_logits(features, self.weight, self.bias, self.maps, self.engine, grad_filter=self.grad_filter)
+        return lazy_logits(features, self.weight, self.bias, self.maps, self.engine, grad_filter=self.grad_filter, group=self.group)
 
     @property
     def maps(self) -> tuple[Map, ...]:
@@ -159,7 +162,9 @@ class LinearHead(nn.Linear):
         return (*maps, *([] if self.softcap is None else [Softcap.at(self.softcap)]))
 
     def logits(self, features: Tensor) -> Tensor:
-        """Real logits (..., C) in the dtype of a plain `nn.Linear`, scaled and soft-capped."""
+        """Real logits (..., C) in the dtype of a plain `nn.Linear`, scaled and soft-capped; of all ranks' classes."""
+        if self.group is not None:
+            return lazy_logits(features, self.weight, self.bias, self.maps, self.engine, group=self.group).materialize()
         s = nn.functional.linear(features, self.weight, self.bias)
         if self.logit_scale is not None:
             s = s * self.logit_scale
@@ -168,7 +173,14 @@ class LinearHead(nn.Linear):
     def predict(self, features: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
         """The k largest logits of each row and their classes, (..., k) each, without the full logits. No gradients."""
         values, indices = linear_topk(
-            features, self.weight, k, linear_bias=self.bias, softcap=self.softcap, logit_scale=self.logit_scale, engine=self.engine
+            features,
+            self.weight,
+            k,
+            linear_bias=self.bias,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            engine=self.engine,
+            group=self.group,
         )
         return values, indices
 
@@ -186,7 +198,7 @@ class LinearHead(nn.Linear):
             return cross_entropy(features.stream, features.lead, target, **options)
         return linear_cross_entropy(
             features, self.weight, target, linear_bias=self.bias, softcap=self.softcap, logit_scale=self.logit_scale,
-            grad_filter=self.grad_filter, **options,
+            grad_filter=self.grad_filter, group=self.group, **options,
         )  # fmt: skip
 
     def loss(self, features: Tensor, target: Tensor | SparseTarget, **options: Any) -> Any:
@@ -209,6 +221,8 @@ class CCEHead(LinearHead):
         softcap, logit_scale (a number): part of the logits. engine: as in `linear_cross_entropy`.
         label_smoothing, z_loss, ignore_index: of `head(features, target)`; a criterion of your own has its own.
         grad_filter: as in `linear_cross_entropy`; of lazy logits, too, whatever criterion reads them.
+        group: as in `linear_cross_entropy`. The weight is then (M, D), this rank's shard: make the head with its number of classes M, or
+            make it whole and call `bigclass.shard_classes(head, mesh)`.
         lazy: False: real logits in training, too.
 
     Example:
@@ -219,11 +233,13 @@ class CCEHead(LinearHead):
     def __init__(
         self, in_features: int, num_classes: int, bias: bool = True, device=None, dtype=None, *,
         softcap: float | None = None, logit_scale: float | None = None, label_smoothing: float = 0.0,
-        z_loss: float = 0.0, ignore_index: int = -100, grad_filter: float | None = None, engine: str = "auto", lazy: bool = True,
+        z_loss: float = 0.0, ignore_index: int = -100, grad_filter: float | None = None, engine: str = "auto", group: Any = None,
+        lazy: bool = True,
     ) -> None:  # fmt: skip
         super().__init__(
             in_features, num_classes, bias, device=device, dtype=dtype, softcap=softcap, logit_scale=logit_scale,
-            label_smoothing=label_smoothing, z_loss=z_loss, ignore_index=ignore_index, grad_filter=grad_filter, engine=engine, lazy=lazy,
+            label_smoothing=label_smoothing, z_loss=z_loss, ignore_index=ignore_index, grad_filter=grad_filter, engine=engine,
+            group=group, lazy=lazy,
         )  # fmt: skip
 
     @property
@@ -257,7 +273,8 @@ class LMHead(LinearHead):
     Args:
         hidden_size: D. vocab_size: C. bias, device, dtype: as in `nn.Linear` (without bias by default, as language models are).
         shift: 1 for next-token prediction; 0 if labels are shifted already.
-        softcap, logit_scale (a number), label_smoothing, z_loss, ignore_index, grad_filter, engine: as in `linear_cross_entropy`.
+        softcap, logit_scale (a number), label_smoothing, z_loss, ignore_index, grad_filter, engine, group: as in
+            `linear_cross_entropy`.
 
     softcap, logit_scale and grad_filter are part of the logits; label_smoothing, z_loss and ignore_index are of `head(hidden, labels)`.
 
@@ -275,11 +292,13 @@ class LMHead(LinearHead):
     def __init__(
         self, hidden_size: int, vocab_size: int, bias: bool = False, device=None, dtype=None, *, shift: int = 1,
         softcap: float | None = None, logit_scale: float | None = None, label_smoothing: float = 0.0,
-        z_loss: float = 0.0, ignore_index: int = -100, grad_filter: float | None = None, engine: str = "auto", lazy: bool = True,
+        z_loss: float = 0.0, ignore_index: int = -100, grad_filter: float | None = None, engine: str = "auto", group: Any = None,
+        lazy: bool = True,
     ) -> None:  # fmt: skip
         super().__init__(
             hidden_size, vocab_size, bias, device=device, dtype=dtype, softcap=softcap, logit_scale=logit_scale,
-            label_smoothing=label_smoothing, z_loss=z_loss, ignore_index=ignore_index, grad_filter=grad_filter, engine=engine, lazy=lazy,
+            label_smoothing=label_smoothing, z_loss=z_loss, ignore_index=ignore_index, grad_filter=grad_filter, engine=engine,
+            group=group, lazy=lazy,
         )  # fmt: skip
         self.shift = shift
 
@@ -339,7 +358,7 @@ class LMHead(LinearHead):
         if by is not None:
             return by(
                 hidden, self.weight, labels, linear_bias=self.bias, softcap=self.softcap, logit_scale=self.logit_scale,
-                ignore_index=self.ignore_index, grad_filter=self.grad_filter, engine=self.engine,
+                ignore_index=self.ignore_index, grad_filter=self.grad_filter, engine=self.engine, group=self.group,
             )  # fmt: skip
         if labels is None:
             return self._output(hidden)

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from bigclass.core.errors import ArgumentError, ArgumentTypeError
 from bigclass.core.norms import EPSILON, inverse_norms
-from bigclass.core.op import reduce_logits
 from bigclass.core.plan import ENGINES
 from bigclass.core.topk import TopK
 from bigclass.core.updates import SlabUpdate
-from bigclass.losses.inputs import check_linear, check_tensor, filter_of
+from bigclass.losses.inputs import check_tensor, filter_of, open_layer
 from bigclass.losses.margin import KINDS, Cosines, Margin, MarginValue, check_layer, cosine_stream, linear_margin_loss
 from bigclass.losses.margin_folds import GroupedTopK
+from bigclass.parallel.classes import reduce_logits
+from bigclass.parallel.layer import Layer, Spread, layer_of
 
 # kinds with running statistics, and the margins of their papers' code
 ADAPTIVE = {"adaface": 0.4, "curricular": 0.5}
@@ -39,7 +40,7 @@ class MarginHead(nn.Module):
         margin: as in `linear_margin_loss`; None: 0.5, 0.4, (1, 0.3, 0.2); "adaface" 0.4, "curricular" 0.5.
         scale: of the cosines; 64 is the papers', of long trainings over many identities, a few thousand classes may want 16 to 32.
             Only the direction of a weight counts, so that its steps may be larger than a backbone's.
-        subcenters: K. beyond_pi, gradient, grad_filter, engine: as in `linear_margin_loss` ("adaface": always "clip").
+        subcenters: K. beyond_pi, gradient, grad_filter, engine, group: as in `linear_margin_loss` ("adaface": always "clip").
         ignore_index: rows with it contribute nothing, to running statistics either.
         h: concentration of "adaface". momentum: step of the running statistics of "adaface" and "curricular".
 
@@ -60,7 +61,7 @@ class MarginHead(nn.Module):
     def __init__(
         self, in_features: int, num_classes: int, *, kind: str = "arcface", margin: MarginValue | None = None, scale: float = 64.0,
         subcenters: int = 1, beyond_pi: str | None = None, gradient: str = "differentiated", ignore_index: int = -100, h: float = 0.333,
-        momentum: float = 0.01, grad_filter: float | None = None, engine: str = "auto", device=None, dtype=None,
+        momentum: float = 0.01, grad_filter: float | None = None, engine: str = "auto", group: Any = None, device=None, dtype=None,
     ) -> None:  # fmt: skip
         super().__init__()
         for name, value in (("in_features", in_features), ("num_classes", num_classes), ("subcenters", subcenters)):
@@ -85,6 +86,7 @@ class MarginHead(nn.Module):
         self.kind, self.scale, self.beyond_pi, self.gradient = kind, float(scale), beyond_pi, gradient
         self.margin: Any = ({**KINDS, **ADAPTIVE})[kind] if margin is None else margin
         self.ignore_index, self.h, self.momentum, self.grad_filter, self.engine = ignore_index, h, momentum, grad_filter, engine
+        self.group = Spread.of(group)
         Margin.of("arcface" if kind in ADAPTIVE else kind, self.margin, beyond_pi, gradient)  # raises for what does not fit
         self.weight = nn.Parameter(torch.empty(num_classes * subcenters, in_features, device=device, dtype=dtype))
         for name in {"adaface": ("batch_mean", "batch_std"), "curricular": ("t",)}.get(kind, ()):
@@ -104,21 +106,29 @@ class MarginHead(nn.Module):
         if target is None:
             return self.logits(features)
         check_tensor("target", target)
-        if self.kind == "curricular":
-            return self._curricular(features, target, reduction, update)
-        if self.kind == "adaface":
-            margin = Margin.of("combined", self._adaptive(features, target), "clip", self.gradient, target)
-            cosines = Cosines.of(features, self.weight, target, self.scale, self.subcenters, self.ignore_index, self.grad_filter)
-            return cosines.loss(margin, None, reduction, self.engine, update)  # its margins, NaN where lengths are, are not the user's
+        if self.kind in ADAPTIVE:
+            layer = layer_of(features, self.weight, None, self.group)
+            make = self._curricular if self.kind == "curricular" else self._adaface
+            loss = make(layer, layer.gather(target), reduction, update)
+            return layer.own(loss) if reduction == "none" else loss
         return linear_margin_loss(
             features, self.weight, target, kind=self.kind, margin=self.margin, logit_scale=self.scale, subcenters=self.subcenters,
             beyond_pi=self.beyond_pi, gradient=self.gradient, reduction=reduction, ignore_index=self.ignore_index,
-            grad_filter=self.grad_filter, update=update, engine=self.engine,
+            grad_filter=self.grad_filter, update=update, engine=self.engine, group=self.group,
         )  # fmt: skip
 
-    def _adaptive(self, features: Tensor, target: Tensor) -> tuple[float, Tensor, Tensor]:
+    def _cosines(self, layer: Layer, target: Tensor) -> Cosines:
+        return Cosines.of(layer, target, self.scale, self.subcenters, self.ignore_index, self.grad_filter)
+
+    def _adaface(self, layer: Layer, target: Tensor, reduction: str, update: SlabUpdate | None) -> Tensor:
+        margin = Margin.of("combined", self._adaptive(layer, target), "clip", self.gradient, target)
+        # its margins, NaN where lengths are, are not the user's
+        return self._cosines(layer, target).loss(margin, None, reduction, self.engine, update)
+
+    def _adaptive(self, layer: Layer, target: Tensor) -> tuple[float, Tensor, Tensor]:
         """(m1, m2, m3) of AdaFace, (1, -margin z, margin + margin z), one z for each row."""
-        check_layer(features, self.weight, self.scale, self.subcenters)
+        check_layer(layer, self.scale, self.subcenters)
+        features = layer.input
         if target.shape != features.shape[:-1]:
             raise ArgumentError(f"target: expected class indices of shape {tuple(features.shape[:-1])}, got {tuple(target.shape)}")
         with torch.no_grad():
@@ -135,9 +145,9 @@ class MarginHead(nn.Module):
             z = ((length - self.batch_mean) / (self.batch_std + 1e-3) * self.h).clamp(-1.0, 1.0)
             return 1.0, -self.margin * z, self.margin + self.margin * z
 
-    def _curricular(self, features: Tensor, target: Tensor, reduction: str, update: SlabUpdate | None) -> Tensor:
+    def _curricular(self, layer: Layer, target: Tensor, reduction: str, update: SlabUpdate | None) -> Tensor:
         margin = Margin.of("arcface", self.margin, self.beyond_pi, self.gradient)
-        cosines = Cosines.of(features, self.weight, target, self.scale, 1, self.ignore_index, self.grad_filter)
+        cosines = self._cosines(layer, target)
         if self.training:
             cos, keep = cosines.target, cosines.keep
             count = torch.ones_like(cos).sum() if keep is None else keep.sum()
@@ -152,7 +162,9 @@ class MarginHead(nn.Module):
 
     def logits(self, features: Tensor) -> Tensor:
         """Real logits scale cos_ij (..., C) in the dtype of a plain `nn.Linear`; of sub-centres the nearest."""
-        check_layer(features, self.weight, self.scale, self.subcenters)
+        layer = layer_of(features, self.weight, None, self.group)
+        check_layer(layer, self.scale, self.subcenters)
+        layer.whole("head(features) without a target")
         if torch.is_grad_enabled() and self.weight.requires_grad:
             wide = torch.promote_types(self.weight.dtype, torch.float32)
             inverse = torch.linalg.vector_norm(self.weight, dim=1, dtype=wide).clamp_min(EPSILON).reciprocal()
@@ -167,15 +179,16 @@ class MarginHead(nn.Module):
         """The k largest logits of each row and their classes, (..., k) each, without the full logits. No gradients.
 
         A class of several centres counts once, with its nearest."""
-        check_linear(features, self.weight, None)
+        layer = open_layer(features, self.weight, None, self.group)
         if not isinstance(k, int) or isinstance(k, bool):
             raise ArgumentTypeError(f"k: expected an integer, got {k!r}")
-        if not 1 <= k <= self.num_classes:
-            raise ArgumentError(f"k: expected 1 <= k <= {self.num_classes} (the number of classes), got {k}")
-        stream = cosine_stream(features.reshape(-1, self.in_features), self.weight, self.scale)
+        classes, features = layer.classes // self.subcenters, layer.input
+        if not 1 <= k <= classes:
+            raise ArgumentError(f"k: expected 1 <= k <= {classes} (the number of classes), got {k}")
+        stream = cosine_stream(layer, features.reshape(-1, self.in_features), self.scale)
         fold = TopK((float(k),)) if self.subcenters == 1 else GroupedTopK((float(k), float(self.subcenters)))
         (state,), _ = reduce_logits(stream, None, (fold,), engine=self.engine)
-        values, classes = (t.reshape(*features.shape[:-1], k) for t in state)
+        values, classes = (layer.own(t.reshape(*features.shape[:-1], k)) for t in state)
         return values, classes
 
     def extra_repr(self) -> str:

@@ -12,9 +12,8 @@ from bigclass.core.updates import SlabUpdate
 from bigclass.heads.linear import LinearHead
 from bigclass.losses.classwise import REDUCTIONS
 from bigclass.losses.elementwise import LOSSES, constants_of
-from bigclass.losses.inputs import check_linear, make_stream
-from bigclass.losses.multilabel import streamed_loss, zlpr_loss
-from bigclass.losses.positives import read_positives
+from bigclass.losses.inputs import make_stream, open_layer
+from bigclass.losses.multilabel import layer_positives, own_rows, streamed_loss, zlpr_loss
 
 
 class MultiLabelHead(LinearHead):
@@ -34,7 +33,7 @@ class MultiLabelHead(LinearHead):
             five a row (prior=5e-6) an ordinary bias, which calls half of them positive, would spend its first epochs unlearning that.
         label_smoothing: as in `linear_binary_cross_entropy`. softcap, logit_scale (a number), engine: as in `linear_cross_entropy`.
         grad_filter: as in `linear_binary_cross_entropy`; of lazy logits, too, whatever criterion reads them.
-        lazy: are logits lazy in training?
+        group: as in `linear_cross_entropy`, the weight being this rank's shard then. lazy: are logits lazy in training?
 
     Raises:
         ValueError, TypeError: options that cannot work, or that the loss does not have.
@@ -49,18 +48,19 @@ class MultiLabelHead(LinearHead):
     reduction: str = "batchmean"
     prior: float | None = None
     loss_options: dict[str, float] = {}  # noqa: RUF012  (replaced, never changed)
-    _OPTIONS = ("softcap", "logit_scale", "label_smoothing", "grad_filter", "engine", "lazy")
+    _OPTIONS = ("softcap", "logit_scale", "label_smoothing", "grad_filter", "engine", "group", "lazy")
     _OWN = ("objective", "reduction", "prior", "loss_options")
 
     def __init__(
         self, in_features: int, num_classes: int, bias: bool = True, device=None, dtype=None, *, loss: str = "bce",
         reduction: str = "batchmean", prior: float | None = None, label_smoothing: float = 0.0, softcap: float | None = None,
-        logit_scale: float | None = None, grad_filter: float | None = None, engine: str = "auto", lazy: bool = True, **options: Any,
+        logit_scale: float | None = None, grad_filter: float | None = None, engine: str = "auto", group: Any = None, lazy: bool = True,
+        **options: Any,
     ) -> None:  # fmt: skip
         super().__init__(
             in_features, num_classes, bias, device=device, dtype=dtype, loss=loss, reduction=reduction, prior=prior,
-            label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale, grad_filter=grad_filter, engine=engine, lazy=lazy,
-            **options,
+            label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale, grad_filter=grad_filter, engine=engine, group=group,
+            lazy=lazy, **options,
         )  # fmt: skip
         self._reset_bias()
 
@@ -127,10 +127,9 @@ class MultiLabelHead(LinearHead):
         """
         if positives is None:
             return self._output(features)
-        check_linear(features, self.weight, self.bias)
-        stream = make_stream(features, self.weight, self.bias, self.softcap, self.logit_scale, grad_filter=self.grad_filter)
-        lead = features.shape[:-1]
-        targets = read_positives(positives, lead, self.out_features, features.device)
+        layer = open_layer(features, self.weight, self.bias, self.group)
+        stream = make_stream(*layer.operands, self.softcap, self.logit_scale, grad_filter=self.grad_filter, layer=layer)
+        lead, targets = layer.input.shape[:-1], layer_positives(layer, positives)
         shared: dict[str, Any] = {
             "reduction": self.reduction if reduction is None else reduction, "return_topk": return_topk, "update": update,
             "engine": self.engine,
@@ -138,11 +137,12 @@ class MultiLabelHead(LinearHead):
         if self.objective == "zlpr":
             if weight is not None or pos_weight is not None:
                 raise ArgumentError("weight, pos_weight: ZLPR has no class weights; leave them None")
-            return zlpr_loss(stream, lead, targets, **shared)
-        return streamed_loss(
+            return own_rows(layer, zlpr_loss(stream, lead, targets, **shared), shared["reduction"])
+        made = streamed_loss(
             stream, lead, targets, self.objective, self.loss_options, weight=weight, pos_weight=pos_weight,
             label_smoothing=self.label_smoothing, **shared,
         )  # fmt: skip
+        return own_rows(layer, made, shared["reduction"])
 
     def loss(self, features: Tensor, positives: Any, **options: Any) -> Any:
         """`self(features, positives, ...)`: a forward, so that the hooks of FSDP2 and ZeRO-3 run."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from bigclass.core.errors import ArgumentError, ArgumentTypeError
 from bigclass.core.folds import Fold, State
-from bigclass.core.op import observed_loss, reduce_logits
 from bigclass.core.row_losses import ROW_LOSSES, register_row_loss
+from bigclass.core.shards import Shards
 from bigclass.core.stream import Stream
 from bigclass.core.topk import TopK
 from bigclass.core.updates import SlabUpdate
@@ -21,6 +21,18 @@ from bigclass.losses.elementwise import Registered
 from bigclass.losses.one_vs_all import LOSSES
 from bigclass.losses.positives import Positives, of_sparse_target
 from bigclass.losses.targets import SparseTarget
+from bigclass.parallel.classes import (
+    merged,
+    nothing,
+    observed_loss,
+    over_classes,
+    own,
+    own_picks,
+    reduce_logits,
+    rows_of,
+    shards_of,
+    whole_batch,
+)
 
 REDUCTIONS = ("none", "mean", "sum", "batchmean")
 
@@ -31,13 +43,15 @@ def sum_row_loss(folds, picked, args, numbers):
     return args[0] * folds[0][0]
 
 
-def row_factor(n: int, c: int, reduction: str) -> float:
+def row_factor(n: float | Tensor, c: int, reduction: str) -> float | Tensor:
     """What a row's sum is multiplied by, so that rows add up to the reduced loss ("none": the rows themselves, summed over classes)."""
     if reduction not in REDUCTIONS:
         raise ArgumentError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
     if reduction not in ("mean", "batchmean"):
         return 1.0
-    return math.nan if n == 0 else 1.0 / (n * c if reduction == "mean" else n)  # the mean of nothing: torch's answer
+    if not isinstance(n, Tensor) and n == 0:
+        return math.nan  # the mean of nothing: torch's answer
+    return 1.0 / (n * c if reduction == "mean" else n)
 
 
 @dataclass(frozen=True)
@@ -45,7 +59,7 @@ class Rows:
     """What becomes of the rows' losses. factor: of each. rowwise: are they returned, or their sum? engine: as asked for.
     observed: folds that are shown the same tiles. update: takes the weight's gradient slab by slab (core/updates.py)."""
 
-    factor: float = 1.0
+    factor: float | Tensor = 1.0
     rowwise: bool = False
     engine: str = "auto"
     observed: tuple[TopK, ...] = ()
@@ -55,18 +69,23 @@ class Rows:
     def of(cls, stream: Stream, reduction: str, engine: str, observed: tuple[TopK, ...] = (), update: SlabUpdate | None = None) -> Rows:
         if update is not None and reduction == "none":
             raise ArgumentError("reduction: 'none' has no one loss to take a step for; with update= use 'mean', 'batchmean' or 'sum'")
-        return cls(row_factor(*stream.shape, reduction), reduction == "none", engine, observed, update)
+        n = rows_of(stream) if reduction in ("mean", "batchmean") else 1
+        return cls(row_factor(n, stream.shape[1], reduction), reduction == "none", engine, observed, update)
 
     def reduce(
         self, stream: Stream, picks: Tensor | None, folds: Sequence[Fold], row_loss: str, args: Sequence[Tensor] = (),
         numbers: Sequence[float] = (),
     ) -> tuple[Tensor, list[State]]:  # fmt: skip
         """The sum over rows of factor times a row loss, or the (N,) losses; the observed states. args: those after the factor."""
-        n, exact = stream.shape[0], torch.float32 if stream.device.type == "mps" else torch.float64
-        args = [stream.tensors[0].new_full((), self.factor, dtype=exact).expand(n), *args]
+        n, factor, exact = stream.shape[0], self.factor, torch.float32 if stream.device.type == "mps" else torch.float64
+        one = factor if isinstance(factor, Tensor) else stream.tensors[0].new_full((), factor, dtype=exact)
+        args = [one.expand(n), *args]
         if not self.rowwise:
             loss, seen = observed_loss(stream, picks, folds, self.observed, row_loss, args, numbers, update=self.update, engine=self.engine)
-            return (loss + self.factor if math.isnan(self.factor) else loss), seen  # a sum over no rows is 0
+            loss = whole_batch(loss, stream)
+            if isinstance(factor, Tensor):
+                return loss + (factor * 0.0).to(loss.dtype), seen
+            return (loss + factor if math.isnan(factor) else loss), seen  # a sum over no rows is 0
         states, picked = reduce_logits(stream, picks, [*folds, *self.observed], engine=self.engine)
         seen = [tuple([t.detach() for t in s]) for s in states[len(folds) :]]
         return ROW_LOSSES[row_loss](states[: len(folds)], picked, args, numbers).to(stream.accumulate_dtype), seen
@@ -109,6 +128,9 @@ def one_vs_all(
     *, weight: Tensor | None = None, pos_weight: Tensor | None = None,
 ) -> tuple[Tensor, list[State]]:  # fmt: skip
     """The loss against `Positives` or an (N, C) tensor, with class vectors weight and pos_weight (elementwise.py has the formula)."""
+    shards = shards_of(stream)
+    if shards is not None:
+        return _over_shards(stream, shards, targets, loss, numbers, rows, weight, pos_weight)
     vectors = both(stream, weight, pos_weight)
     if isinstance(targets, Tensor):
         fold = loss.dense[bool(vectors)](numbers=tuple(numbers), tensors=(targets, *vectors))
@@ -123,6 +145,31 @@ def one_vs_all(
     values = [] if targets.values is None else [targets.values.to(wide)]
     at = picks.clamp(0, c - 1)
     return rows.reduce(stream, picks, (fold,), loss.row_loss, [there, *values, *[v[at] for v in vectors]], numbers)
+
+
+def _over_shards(
+    stream: Stream, shards: Shards, targets: Positives | Tensor, loss: Registered, numbers: Sequence[float], rows: Rows,
+    weight: Tensor | None, pos_weight: Tensor | None,
+) -> tuple[Tensor, list[State]]:  # fmt: skip
+    """`one_vs_all` of each rank's own classes, added up: nothing of the others' is needed before gradients are."""
+    if rows.update is not None:
+        raise ArgumentError("update: is not offered with group= (or DTensors); leave one of them out")
+    mine = own(stream)
+    here: Positives | Tensor
+    if isinstance(targets, Tensor):
+        here = shards.vector(targets)
+    else:
+        here = replace(targets, picks=own_picks(stream, targets.picks))
+    part = [None if v is None else shards.vector(v) for v in (weight, pos_weight)]
+    if mine.shape[1]:
+        made, seen = one_vs_all(mine, here, loss, numbers, rows, weight=part[0], pos_weight=part[1])
+    else:
+        made = nothing(mine)
+        seen = [f.identity(mine.shape[0], made.detach()) for f in rows.observed]
+        made = made.expand(mine.shape[0]) if rows.rowwise else made
+    made = over_classes(made, stream)
+    seen = [merged(f, state, shards) for f, state in zip(rows.observed, seen, strict=True)]
+    return (made if rows.rowwise else whole_batch(made, stream)), seen
 
 
 def binary_cross_entropy(

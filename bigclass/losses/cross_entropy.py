@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,10 +15,11 @@ from bigclass.core.errors import ArgumentError, ArgumentTypeError
 from bigclass.core.plan import Work, choose_engine
 from bigclass.core.stream import Stream
 from bigclass.core.updates import SlabUpdate
-from bigclass.losses.inputs import check_index, check_linear, check_smoothing, check_tensor, make_stream, shifted
+from bigclass.losses.inputs import check_index, check_smoothing, check_tensor, make_stream, open_layer, shifted
 from bigclass.losses.lora import Adapters, adapter_pairs
 from bigclass.losses.softmax import Options, Stats, Task, finish
 from bigclass.losses.targets import SparseTarget
+from bigclass.parallel.layer import Layer
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -42,6 +43,7 @@ def linear_cross_entropy(
     update: SlabUpdate | None = None,
     engine: str = "auto",
     return_stats: bool = False,
+    group: Any = None,
 ) -> Tensor | tuple[Tensor, Stats]:
     r"""Cross-entropy of `softcap(logit_scale * (input @ linear_weight.T + linear_bias))` against target, without the N x C logits.
 
@@ -81,7 +83,13 @@ def linear_cross_entropy(
         update: takes the weight's gradient slab by slab in the backward, as in `linear_binary_cross_entropy`: no C x D gradient. Of one
             loss: not with reduction "none", return_stats or a K-dimensional weight.
         engine: "auto", "dense" (materialises), "tiled", "fused".
-        return_stats: also return `Stats`: log-sum-exps, hits, and what grad_filter kept.
+        return_stats: also return `Stats`: log-sum-exps, hits, and what grad_filter kept (of this rank's classes).
+        group: a ProcessGroup or a DeviceMesh of one axis, over whose ranks the classes are spread: linear_weight and linear_bias are this
+            rank's shard (of any size), the rows the same on all; targets count the classes of all ranks, first to last. For rows that are
+            spread, too, or instead: a `Spread`. DTensors say how they lie. Every rank gets the loss of the whole, and exact gradients: of
+            its shard, and of what all ranks hold (with rows that are spread: exact once they are combined as `Spread.gradients` says).
+            weight, pos_weight and (N, C) targets are those of all classes. Not with lora, update or a K-dimensional weight. An
+            error that one rank alone has (a target out of range) leaves the others waiting, as in any collective.
 
     Returns:
         The loss, fp32 (float64 for float64 inputs): a scalar, or for reduction "none" the shape of index targets.
@@ -97,8 +105,10 @@ def linear_cross_entropy(
 
     The streamed log-sum-exp follows Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", arXiv:2411.09009.
     """
-    check_linear(input, linear_weight, linear_bias, weight_dims=None)
-    classes, positions = linear_weight.shape[0], linear_weight.shape[1:-1]
+    layer = open_layer(input, linear_weight, linear_bias, group, weight_dims=None)
+    input, linear_weight, linear_bias = layer.operands
+    target = gathered_target(layer, target)
+    classes, positions = layer.classes, linear_weight.shape[1:-1]
     lead = input.shape[:-1]
     if positions and len(lead) != 1:
         raise ArgumentError(
@@ -106,8 +116,10 @@ def linear_cross_entropy(
         )
     arguments = Arguments(weight, reduction, ignore_index, label_smoothing, z_loss, 0.0, shift, engine, return_stats, update)
     target, probabilities = arguments.check(target, lead, classes, positions, input.device)
+    if positions or lora is not None:
+        layer.whole("lora" if lora is not None else "linear_weight (K-dimensional)")
     pairs = adapter_pairs(input, linear_weight, lora)
-    plain = softcap is None and logit_scale is None and lora is None and grad_filter is None
+    plain = softcap is None and logit_scale is None and lora is None and grad_filter is None and layer.layout is None
     if isinstance(target, Tensor) and not (positions or probabilities) and plain:
         loss = arguments.run_small(input, linear_weight, linear_bias, target)
         if loss is not None:
@@ -118,8 +130,8 @@ def linear_cross_entropy(
         if return_stats and grad_filter is not None:
             raise ArgumentError("return_stats: of a K-dimensional loss each position has a filter of its own; leave it or grad_filter out")
         return _per_position(input, linear_weight, linear_bias, target, probabilities, softcap, logit_scale, grad_filter, arguments)
-    stream = make_stream(input, linear_weight, linear_bias, softcap, logit_scale, pairs=pairs, grad_filter=grad_filter)
-    return arguments.run(stream, lead, target)
+    stream = make_stream(input, linear_weight, linear_bias, softcap, logit_scale, pairs=pairs, grad_filter=grad_filter, layer=layer)
+    return own_rows(layer, arguments.run(stream, lead, target), reduction)
 
 
 def linear_poly_cross_entropy(
@@ -138,6 +150,7 @@ def linear_poly_cross_entropy(
     grad_filter: float | None = None,
     update: SlabUpdate | None = None,
     engine: str = "auto",
+    group: Any = None,
 ) -> Tensor:
     r"""Poly-1 loss of a linear layer: cross-entropy + epsilon (1 - p_t), p_t = sum_j t_ij softmax(s)_ij, without the N x C logits.
 
@@ -156,13 +169,32 @@ def linear_poly_cross_entropy(
 
     Leng et al., "PolyLoss", arXiv:2204.12511, equation 6.
     """
-    check_linear(input, linear_weight, linear_bias)
-    pairs = adapter_pairs(input, linear_weight, lora)
-    stream = make_stream(input, linear_weight, linear_bias, softcap, logit_scale, pairs=pairs, grad_filter=grad_filter)
-    return cross_entropy(
-        stream, input.shape[:-1], target, poly=epsilon, reduction=reduction, ignore_index=ignore_index,
+    layer = open_layer(input, linear_weight, linear_bias, group)
+    if lora is not None:
+        layer.whole("lora")
+    pairs = adapter_pairs(layer.input, layer.weight, lora)
+    stream = make_stream(*layer.operands, softcap, logit_scale, pairs=pairs, grad_filter=grad_filter, layer=layer)
+    loss = cross_entropy(
+        stream, layer.input.shape[:-1], gathered_target(layer, target), poly=epsilon, reduction=reduction, ignore_index=ignore_index,
         label_smoothing=label_smoothing, update=update, engine=engine,
     )  # fmt: skip
+    return own_rows(layer, loss, reduction)
+
+
+def gathered_target(layer: Layer, target: Any) -> Any:
+    """A target for all rows that the layer works on."""
+    if isinstance(target, SparseTarget) and layer.rows is not None:
+        return replace(target, indices=layer.gather(target.indices), weights=layer.gather(target.weights))
+    return layer.gather(target)
+
+
+def own_rows(layer: Layer, out: Any, reduction: str) -> Any:
+    """A loss (and its stats) of all rows that the layer works on, as this rank's caller has them."""
+    if layer.rows is None:
+        return out
+    loss, *more = out if isinstance(out, tuple) else (out,)
+    loss = layer.own(loss) if reduction == "none" else loss
+    return (loss, more[0]._replace(lse=layer.own(more[0].lse), correct=layer.own(more[0].correct))) if more else loss
 
 
 def cross_entropy(stream: Stream, lead: Sequence[int], target: Tensor | SparseTarget, **arguments: Any) -> Any:

@@ -29,13 +29,13 @@ from bigclass.core.compare import compare_rows, compare_sum
 from bigclass.core.divergences import DIVERGENCES, CrossEntropy, Divergence
 from bigclass.core.errors import ArgumentError, ArgumentTypeError
 from bigclass.core.folds import LogSumExp
-from bigclass.core.op import reduce_logits, stream_loss
 from bigclass.core.row_losses import ROW_LOSSES, register_row_loss
 from bigclass.core.stream import Softcap, Stream
 from bigclass.losses.cross_entropy import REDUCTIONS
 from bigclass.losses.inputs import check_index, check_linear, check_range, check_scale, check_tensor, make_stream
 from bigclass.losses.softmax import beside_largest, factor_dtype, others
 from bigclass.losses.targets import SparseTarget
+from bigclass.parallel.classes import reduce_logits, stream_loss
 
 KINDS = ("forward", "reverse", "jensen_shannon")
 RESTS = ("tail", "renormalize")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bigclass.core.errors import ArgumentError, ArgumentTypeError
 from bigclass.core.stream import Map, Scale, Softcap, Stream
+from bigclass.parallel.layer import Layer, layer_of
 
 INDEX_DTYPES = (torch.int64, torch.int32)
 
@@ -27,11 +30,12 @@ LINEAR = ("input", "linear_weight", "linear_bias")
 
 
 def check_linear(
-    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, *, weight_dims: int | None = 2, names: tuple[str, str, str] = LINEAR
-) -> None:
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, *, weight_dims: int | None = 2, names: tuple[str, str, str] = LINEAR,
+    shard: bool = False,
+) -> None:  # fmt: skip
     """Raise unless input (..., D), linear_weight (C, [d_1, ..., d_K,] D) and linear_bias (C, [d_1, ..., d_K]) fit together.
 
-    names: what the user calls the three."""
+    names: what the user calls the three. shard: may there be no class, this being a rank's part of them?"""
     of_input, of_weight, of_bias = names
     tensors = [(of_input, input), (of_weight, linear_weight)] + ([] if linear_bias is None else [(of_bias, linear_bias)])
     for name, t in tensors:
@@ -49,10 +53,17 @@ def check_linear(
             f"{of_weight}: expected {input.shape[-1]} features in its last axis (as {of_input} {tuple(input.shape)}), "
             f"got {linear_weight.shape[-1]}"
         )
-    if 0 in linear_weight.shape:
+    if 0 in linear_weight.shape[1 if shard else 0 :]:
         raise ArgumentError(f"{of_weight}: expected at least one class and one feature (and position), got {tuple(linear_weight.shape)}")
     if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
         raise ArgumentError(f"{of_bias}: expected shape {tuple(linear_weight.shape[:-1])}, got {tuple(linear_bias.shape)}")
+
+
+def open_layer(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, group: Any, *, weight_dims: int | None = 2) -> Layer:
+    """The layer of a call, whose operands fit together, spread over ranks or not (`layer_of`)."""
+    layer = layer_of(input, linear_weight, linear_bias, group)
+    check_linear(layer.input, layer.weight, layer.bias, weight_dims=weight_dims, shard=layer.layout is not None)
+    return layer
 
 
 def make_stream(
@@ -64,8 +75,11 @@ def make_stream(
     temperature: float = 1.0,
     pairs: tuple[tuple[Tensor, Tensor], ...] = (),
     grad_filter: float | None = None,
+    layer: Layer | None = None,
 ) -> Stream:
-    """The stream softcap(logit_scale * (x w^T + b)) / temperature over the rows of input. pairs: more operands, of adapters."""
+    """The stream softcap(logit_scale * (x w^T + b)) / temperature over the rows of input. pairs: more operands, of adapters.
+
+    layer: what input, weight and bias are of, if it may be spread over ranks."""
     maps: list[Map] = []
     if logit_scale is not None:
         check_scale(logit_scale, input)
@@ -76,10 +90,14 @@ def make_stream(
         maps.append(Scale.by(1.0 / temperature))
     device = input.device.type
     compute = torch.get_autocast_dtype(device) if in_autocast(device) else None
+    layout = None if layer is None else layer.layout
+    if compute is None and layer is not None:
+        compute = layer.compute_dtype
     x = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
     return Stream(
-        ((x, linear_weight), *pairs), bias=linear_bias, maps=tuple(maps), compute_dtype=compute, grad_filter=filter_of(grad_filter)
-    )
+        ((x, linear_weight), *pairs), bias=linear_bias, maps=tuple(maps), compute_dtype=compute, grad_filter=filter_of(grad_filter),
+        layout=layout,
+    )  # fmt: skip
 
 
 def filter_of(grad_filter: float | None) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,12 +11,13 @@ from torch import Tensor
 
 from bigclass.core.errors import ArgumentError, ArgumentTypeError
 from bigclass.core.folds import LogSumExp, ShiftedMoment, State, entropy, log_sum, log_sum_exp
-from bigclass.core.op import reduce_logits
 from bigclass.core.repeats import Repeats
 from bigclass.core.topk import TopK
-from bigclass.losses.inputs import check_index, check_linear, check_range, kept_rows, make_stream, shifted
+from bigclass.losses.inputs import check_index, check_range, kept_rows, make_stream, open_layer, shifted
 from bigclass.losses.lora import Adapters, adapter_pairs
 from bigclass.losses.softmax import beside_largest, certain_is_nan, others
+from bigclass.parallel.classes import reduce_logits
+from bigclass.parallel.layer import Layer
 
 
 def linear_logsumexp(
@@ -29,6 +31,7 @@ def linear_logsumexp(
     lora: Adapters | None = None,
     grad_filter: float | None = None,
     engine: str = "auto",
+    group: Any = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""LSE_i = log sum_j exp(s_ij) over all classes and, if asked, the logits s at given classes. Both differentiable.
 
@@ -38,7 +41,7 @@ def linear_logsumexp(
     Args:
         input: (..., D). linear_weight: (C, D). linear_bias: (C,).
         index: (..., K) or (...) class indices, int64 or int32; -1 picks nothing and returns 0.
-        softcap, logit_scale, lora, engine: as in `linear_cross_entropy`.
+        softcap, logit_scale, lora, engine, group: as in `linear_cross_entropy`.
         grad_filter: as there; the targets are what `index` names. A loss that reads the logits at targets asks for them here, then, and not
             elsewhere: beside a target's entry the rest of its row would pass for negligible.
 
@@ -51,17 +54,17 @@ def linear_logsumexp(
     Example:
         >>> lse, at = bigclass.linear_logsumexp(x, w, index=y)  # cross-entropy is lse - at
     """
-    check_linear(input, linear_weight, linear_bias)
+    layer, pairs = _layer(input, linear_weight, linear_bias, lora, group)
+    input, index = layer.input, layer.gather(index)
     lead = input.shape[:-1]
     picks = None if index is None else _picks(index, lead, input)
     if picks is not None and index is not None:
-        check_range("index", picks, picks != -1, linear_weight.shape[0])
-    pairs = adapter_pairs(input, linear_weight, lora)
-    stream = make_stream(input, linear_weight, linear_bias, softcap, logit_scale, pairs=pairs, grad_filter=grad_filter)
+        check_range("index", picks, picks != -1, layer.classes)
+    stream = make_stream(*layer.operands, softcap, logit_scale, pairs=pairs, grad_filter=grad_filter, layer=layer)
     (state,), picked = reduce_logits(stream, picks, (LogSumExp(),), engine=engine)
     lse = log_sum_exp(state)
     lse = lse.masked_fill(state[0] == torch.inf, torch.inf).reshape(lead)
-    return lse if picked is None or index is None else (lse, picked.reshape(index.shape))
+    return layer.own(lse) if picked is None or index is None else (layer.own(lse), layer.own(picked.reshape(index.shape)))
 
 
 def linear_log_prob(
@@ -79,6 +82,7 @@ def linear_log_prob(
     ignore_index: int = -100,
     grad_filter: float | None = None,
     engine: str = "auto",
+    group: Any = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""log p(index) under softmax(s / temperature) and, if asked, the exact entropy. Both differentiable.
 
@@ -94,7 +98,7 @@ def linear_log_prob(
         return_entropy: also return the entropy of each row in nats, (...).
         ignore_index: where index has this value, log p is 0. A row without any other index contributes nothing, not even if it holds NaN,
             and its entropy is 0. (Where there is no index at all, K = 0, every row counts.)
-        softcap, logit_scale, lora, grad_filter, engine: as in `linear_cross_entropy`.
+        softcap, logit_scale, lora, grad_filter, engine, group: as in `linear_cross_entropy`.
 
     Returns:
         log-probabilities in index's shape, fp32 (float64 for float64 inputs); with return_entropy: (log-probabilities, entropy).
@@ -106,10 +110,11 @@ def linear_log_prob(
     Example:
         >>> logp, entropy = bigclass.linear_log_prob(hidden, w, actions, return_entropy=True)
     """
-    check_linear(input, linear_weight, linear_bias)
+    layer, pairs = _layer(input, linear_weight, linear_bias, lora, group)
+    input, index = layer.input, layer.gather(index)
     if isinstance(temperature, Tensor) or not 0.0 < temperature < math.inf:  # of a tensor its gradient would be lost
         raise ArgumentError(f"temperature: expected a finite number greater than 0 (one to learn is a logit_scale), got {temperature!r}")
-    lead, classes = input.shape[:-1], linear_weight.shape[0]
+    lead, classes = input.shape[:-1], layer.classes
     check_index("index", index, input.device, ignore_index)
     _check_rows(index, lead)
     axis = -2 if index.dim() > len(lead) else -1
@@ -121,19 +126,18 @@ def linear_log_prob(
     keep = kept_rows(picks.amax(1), -1) if picks.shape[1] else None
     repeats = None if picks.shape[1] == 1 else Repeats.of(picks)
     asked = picks if repeats is None else repeats.distinct
-    pairs = adapter_pairs(input, linear_weight, lora)
-    stream = make_stream(input, linear_weight, linear_bias, softcap, logit_scale, float(temperature), pairs, grad_filter)
+    stream = make_stream(*layer.operands, softcap, logit_scale, float(temperature), pairs, grad_filter, layer)
     folds = (LogSumExp(exclude_picks=True), *((ShiftedMoment(),) if return_entropy else ()))
     states, picked = reduce_logits(stream, asked, folds, keep=keep, engine=engine)
     assert picked is not None
     logp = log_probs(states[0], picked, asked >= 0)
     logp = logp if repeats is None else repeats.copied(logp)
-    logp = torch.where(picks >= 0, logp, 0.0).reshape(index.shape)
+    logp = layer.own(torch.where(picks >= 0, logp, 0.0).reshape(index.shape))
     logp = logp if cut is None else logp.narrow(axis, 0, cut)
     if not return_entropy:
         return logp
     h = entropy(states[1])
-    h = (h if keep is None else torch.where(keep, h, 0.0)).reshape(lead)
+    h = layer.own((h if keep is None else torch.where(keep, h, 0.0)).reshape(lead))
     return logp, (h if cut is None else h[..., :cut])
 
 
@@ -151,6 +155,7 @@ def linear_sequence_log_prob(
     logit_scale: float | Tensor | None = None,
     grad_filter: float | None = None,
     engine: str = "auto",
+    group: Any = None,
 ) -> Tensor:
     r"""log p of whole sequences, sum over t of log p(labels[t + shift] | position t). Differentiable; what DPO and its relatives compare.
 
@@ -161,7 +166,7 @@ def linear_sequence_log_prob(
         ignore_index: labels that do not count: the prompt, padding. Their rows contribute nothing, not even if they hold NaN.
         average: divide each sum by the number of its labels that count (as IPO and SimPO do).
         temperature: > 0; divides the (soft-capped) logits.
-        softcap, logit_scale, grad_filter, engine: as in `linear_cross_entropy`.
+        softcap, logit_scale, grad_filter, engine, group: as in `linear_cross_entropy`.
 
     Returns:
         (...), fp32 (float64 for float64 inputs). A sequence without a label that counts has 0, and no gradient.
@@ -175,7 +180,6 @@ def linear_sequence_log_prob(
 
     Rafailov et al., "Direct Preference Optimization", arXiv:2305.18290, equation 7.
     """
-    check_linear(input, linear_weight, linear_bias)
     check_index("labels", labels, input.device, ignore_index)
     if input.dim() < 2 or labels.shape != input.shape[:-1]:
         raise ArgumentError(
@@ -183,7 +187,7 @@ def linear_sequence_log_prob(
         )
     logp = linear_log_prob(
         input, linear_weight, labels, shift=shift, temperature=temperature, linear_bias=linear_bias, softcap=softcap,
-        logit_scale=logit_scale, ignore_index=ignore_index, grad_filter=grad_filter, engine=engine,
+        logit_scale=logit_scale, ignore_index=ignore_index, grad_filter=grad_filter, engine=engine, group=group,
     )  # fmt: skip
     assert isinstance(logp, Tensor)
     total = logp.sum(-1)
@@ -201,6 +205,7 @@ def linear_topk(
     lora: Adapters | None = None,
     return_log_probs: bool = False,
     engine: str = "auto",
+    group: Any = None,
 ) -> tuple[Tensor, ...]:
     r"""The k largest logits of each row and their classes, in descending order, without the N x C logits.
 
@@ -209,7 +214,7 @@ def linear_topk(
     Args:
         input: (..., D). linear_weight: (C, D). linear_bias: (C,). k: 1 <= k <= C.
         return_log_probs: also return the log-probabilities of the k classes, from the same pass.
-        softcap, logit_scale, lora, engine: as in `linear_cross_entropy`.
+        softcap, logit_scale, lora, engine, group: as in `linear_cross_entropy`.
 
     Returns:
         values (..., k) in fp32 (float64 for float64 inputs), indices (..., k) in int64 [, log-probabilities (..., k)].
@@ -221,23 +226,30 @@ def linear_topk(
     Example:
         >>> values, classes = bigclass.linear_topk(features, w, 5)
     """
-    check_linear(input, linear_weight, linear_bias)
     if not isinstance(k, int):
         raise ArgumentTypeError(f"k: expected an integer, got {k!r}")
-    if not 1 <= k <= linear_weight.shape[0]:
-        raise ArgumentError(f"k: expected 1 <= k <= {linear_weight.shape[0]} (the number of classes), got {k}")
-    shape = (*input.shape[:-1], k)
     with torch.no_grad():
-        pairs = adapter_pairs(input, linear_weight, lora)
-        stream = make_stream(input, linear_weight, linear_bias, softcap, logit_scale, pairs=pairs)
+        layer, pairs = _layer(input, linear_weight, linear_bias, lora, group)
+        if not 1 <= k <= layer.classes:
+            raise ArgumentError(f"k: expected 1 <= k <= {layer.classes} (the number of classes), got {k}")
+        lead = layer.input.shape[:-1]
+        stream = make_stream(*layer.operands, softcap, logit_scale, pairs=pairs, layer=layer)
         folds = (TopK((float(k),)), *((LogSumExp(),) if return_log_probs else ()))
         states, _ = reduce_logits(stream, None, folds, engine=engine)
-        values, indices = (t.reshape(shape) for t in states[0])
+        values, indices = (t.reshape(*lead, k) for t in states[0])
         if not return_log_probs:
-            return values, indices
+            return layer.own(values), layer.own(indices)
         m, log_l = states[1][0], log_sum(states[1])
-        lead = input.shape[:-1]
-        return values, indices, (values - m.reshape(lead).unsqueeze(-1)) - log_l.reshape(lead).unsqueeze(-1)
+        log_probs = (values - m.reshape(lead).unsqueeze(-1)) - log_l.reshape(lead).unsqueeze(-1)
+        return layer.own(values), layer.own(indices), layer.own(log_probs)
+
+
+def _layer(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, lora: Adapters | None, group: Any) -> tuple[Layer, Any]:
+    """The layer, and the operands of its adapters."""
+    layer = open_layer(input, linear_weight, linear_bias, group)
+    if lora is not None:
+        layer.whole("lora")
+    return layer, adapter_pairs(layer.input, layer.weight, lora)
 
 
 def _picks(index: Tensor, lead: torch.Size, input: Tensor) -> Tensor:

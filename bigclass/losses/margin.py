@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,13 +31,15 @@ from bigclass.core.errors import ArgumentError, ArgumentTypeError
 from bigclass.core.folds import Fold, LogSumExp, log_sum
 from bigclass.core.guards import autocast_off
 from bigclass.core.norms import EPSILON, inverse_norms
-from bigclass.core.op import observed_loss, reduce_logits
 from bigclass.core.row_losses import ROW_LOSSES, register_row_loss
 from bigclass.core.stream import Stream
 from bigclass.core.updates import SlabUpdate
 from bigclass.losses.cross_entropy import REDUCTIONS
 from bigclass.losses.inputs import check_index, check_linear, check_range, filter_of, in_autocast, kept_picks, kept_rows
 from bigclass.losses.margin_folds import CurricularLogSumExp, GroupedLogSumExp
+from bigclass.parallel.classes import observed_loss, over_batch, reduce_logits, whole_batch
+from bigclass.parallel.collectives import sum_over
+from bigclass.parallel.layer import Layer, layer_of
 
 # the margin (or margins) of each kind where none is given: those of the papers' code
 KINDS: dict[str, float | tuple[float, float, float]] = {"arcface": 0.5, "cosface": 0.4, "combined": (1.0, 0.3, 0.2)}
@@ -63,6 +66,7 @@ def linear_margin_loss(
     grad_filter: float | None = None,
     update: SlabUpdate | None = None,
     engine: str = "auto",
+    group: Any = None,
 ) -> Tensor:
     r"""Margin softmax: cross-entropy of `logit_scale * cos(input, linear_weight)`, of the target f(cos), without the N x C logits.
 
@@ -90,6 +94,7 @@ def linear_margin_loss(
             cos (t + cos). Not with sub-centres.
         reduction: "mean" (over kept rows), "sum" or "none". ignore_index: rows with it contribute exactly nothing; None: -100.
         update: takes the weight's gradient slab by slab in the backward, as in `linear_binary_cross_entropy`: no C x D gradient.
+        group: as in `linear_cross_entropy`; with sub-centres shards are of whole classes. Margins of rows go with the rows.
         grad_filter, engine: as in `linear_cross_entropy`. A class that a block of rows leaves out gets from them its part of the
             mean alone, through its norm, too.
 
@@ -111,10 +116,22 @@ def linear_margin_loss(
     Deng et al., "ArcFace", arXiv:1801.07698, equation 4; Wang et al., "CosFace", arXiv:1801.09414; Liu et al., "SphereFace",
     arXiv:1704.08063; Deng et al., "Sub-center ArcFace", ECCV 2020; Huang et al., "CurricularFace", arXiv:2004.00288.
     """
-    chosen = Margin.of(kind, margin, beyond_pi, gradient, target)
-    cosines = Cosines.of(input, linear_weight, target, logit_scale, subcenters, ignore_index, grad_filter)
+    layer = layer_of(input, linear_weight, None, group)
+    target = layer.gather(target)
+    chosen = Margin.of(kind, gathered_margin(layer, margin), beyond_pi, gradient, target)
+    cosines = Cosines.of(layer, target, logit_scale, subcenters, ignore_index, grad_filter)
     chosen.check_rows(cosines.keep)
-    return cosines.loss(chosen, curriculum, reduction, engine, update)
+    loss = cosines.loss(chosen, curriculum, reduction, engine, update)
+    return layer.own(loss) if reduction == "none" else loss
+
+
+def gathered_margin(layer: Layer, margin: MarginValue | None) -> Any:
+    """The margin, one of rows for all rows that the layer works on."""
+    if layer.rows is None or margin is None:
+        return margin
+    if isinstance(margin, Tensor):
+        return layer.gather(margin)
+    return margin if isinstance(margin, int | float) else [layer.gather(m) for m in margin]
 
 
 @dataclass(frozen=True)
@@ -240,16 +257,16 @@ class Cosines:
 
     @classmethod
     def of(
-        cls, input: Tensor, w: Tensor, target: Tensor, scale: float, subcenters: int, ignore_index: int | None,
-        grad_filter: float | None = None,
-    ) -> Cosines:  # fmt: skip
+        cls, layer: Layer, target: Tensor, scale: float, subcenters: int, ignore_index: int | None, grad_filter: float | None = None
+    ) -> Cosines:
         """Check and normalise what `linear_margin_loss` was given."""
-        check_layer(input, w, scale, subcenters)
+        input, w, shards = layer.input, layer.weight, None if layer.layout is None else layer.layout.classes
+        check_layer(layer, scale, subcenters)
         ignored = -100 if ignore_index is None else ignore_index
         check_index("target", target, input.device, ignored)
         if target.shape != input.shape[:-1]:
             raise ArgumentError(f"target: expected class indices of shape {tuple(input.shape[:-1])}, got {tuple(target.shape)}")
-        y, classes = target.reshape(-1).long(), w.shape[0] // subcenters
+        y, classes = target.reshape(-1).long(), layer.classes // subcenters
         keep = kept_rows(y, ignored)
         check_range("target", y, keep, classes)
         if torch.compiler.is_compiling():  # the loss's own op would speak of the rows of w, where there are sub-centres
@@ -261,10 +278,15 @@ class Cosines:
             x = x.masked_fill(~keep.unsqueeze(-1), 0.0)
         check_directions(x, keep)
         with autocast_off(x.device), torch.no_grad():
-            cosines = target_cosines(x.detach(), w.detach(), picks)
+            if shards is None:
+                cosines = target_cosines(x.detach(), w.detach(), picks)
+            else:  # each from the rank that has the class
+                here = shards.picks(picks)
+                cosines = target_cosines(x.detach(), w.detach(), here) if w.shape[0] else x.new_zeros(picks.shape, dtype=_exact(x.device))
+                cosines = sum_over(torch.where(here >= 0, cosines, 0.0), shards.ranks)
             best, at = cosines.max(1, keepdim=True)
         nearest = torch.zeros_like(cosines).scatter(1, at, 1.0)
-        return cls(cosine_stream(x, w, scale, grad_filter), picks, keep, best.squeeze(1), nearest, target.shape, float(scale))
+        return cls(cosine_stream(layer, x, scale, grad_filter), picks, keep, best.squeeze(1), nearest, target.shape, float(scale))
 
     def loss(
         self, margin: Margin, curriculum: float | Tensor | None, reduction: str, engine: str, update: SlabUpdate | None = None
@@ -280,7 +302,7 @@ class Cosines:
             fold = GroupedLogSumExp((float(self.picks.shape[1]),), exclude_picks=True)
         if curriculum is not None:
             fold = CurricularLogSumExp((self.scale,), (self._hard(margin, wide), self._level(curriculum, wide)), exclude_picks=True)
-        count = float(n) if keep is None else keep.sum(dtype=exact)
+        count = over_batch(float(n) if keep is None else keep.sum(dtype=exact), stream)
         factor = torch.ones_like(f)
         if reduction == "mean":
             factor = factor / (count if isinstance(count, Tensor) else max(count, 1.0))
@@ -294,6 +316,7 @@ class Cosines:
             loss = ROW_LOSSES["margin"](states, picked, args, ())
             return (loss if keep is None else torch.where(keep, loss, 0.0)).to(wide).reshape(self.lead)
         loss, _ = observed_loss(stream, self.picks, (fold,), (), "margin", args, keep=keep, update=update, engine=engine)
+        loss = whole_batch(loss, stream)
         if reduction == "mean" and (isinstance(count, Tensor) or not count):
             loss = loss + (0.0 / count if isinstance(count, Tensor) else math.nan)  # nothing kept: 0 / 0, as torch's mean
         return loss.to(wide)
@@ -317,9 +340,10 @@ class Cosines:
         return t.detach().to(dtype).reshape(()).expand(self.target.numel())
 
 
-def check_layer(input: Tensor, w: Tensor, scale: float, subcenters: int) -> None:
+def check_layer(layer: Layer, scale: float, subcenters: int) -> None:
     """Raise unless input (..., D), w (C K, D), a scale and K fit together."""
-    check_linear(input, w, None)
+    w = layer.weight
+    check_linear(layer.input, w, None, shard=layer.layout is not None)
     if not isinstance(subcenters, int) or isinstance(subcenters, bool):
         raise ArgumentTypeError(f"subcenters: expected an integer, got {subcenters!r}")
     if subcenters < 1 or w.shape[0] % subcenters:
@@ -337,16 +361,17 @@ def check_directions(x: Tensor, keep: Tensor | None) -> None:
         raise ArgumentError(f"input: expected features with a direction, got zeros only in row {int(lost.nonzero()[0])}")
 
 
-def cosine_stream(x: Tensor, w: Tensor, scale: float, grad_filter: float | None = None) -> Stream:
-    """The stream of scale cos_ij for x (N, D), w (C, D): x is normalised in fp32 and stays so up to its product, w nowhere."""
-    device = x.device.type
-    narrow = torch.get_autocast_dtype(device) if in_autocast(device) else torch.promote_types(x.dtype, w.dtype)
+def cosine_stream(layer: Layer, x: Tensor, scale: float, grad_filter: float | None = None) -> Stream:
+    """The stream of scale cos_ij for x (N, D) and the layer's w: x is normalised in fp32 and stays so up to its product, w nowhere."""
+    w, device = layer.weight, x.device.type
+    narrow = layer.compute_dtype or torch.promote_types(x.dtype, w.dtype)
+    narrow = torch.get_autocast_dtype(device) if in_autocast(device) else narrow
     with autocast_off(x.device):
         unit = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1, eps=EPSILON)
     compute = narrow if narrow.itemsize == 2 else None
     return Stream(
         ((unit, w),), class_scale=inverse_norms(w), normalized=True, scale=float(scale), compute_dtype=compute,
-        grad_filter=filter_of(grad_filter),
+        grad_filter=filter_of(grad_filter), layout=layer.layout,
     )  # fmt: skip
 
 

@@ -23,13 +23,13 @@ from torch import Tensor
 
 from bigclass.core.errors import ArgumentError
 from bigclass.core.folds import LogSumExp, Total
-from bigclass.core.op import reduce_logits
 from bigclass.core.repeats import Repeats
 from bigclass.core.stream import Stream
-from bigclass.losses.inputs import check_index, check_linear, check_range, check_smoothing, check_tensor, make_stream, shifted
+from bigclass.losses.inputs import check_index, check_linear, check_range, check_smoothing, check_tensor, make_stream, open_layer, shifted
 from bigclass.losses.log_prob import log_probs
 from bigclass.losses.softmax import Options, Task, factor_dtype, rowwise, weighted
 from bigclass.losses.targets import SparseTarget
+from bigclass.parallel.classes import reduce_logits
 
 
 def linear_multi_token_cross_entropy(
@@ -47,6 +47,7 @@ def linear_multi_token_cross_entropy(
     z_loss: float = 0.0,
     grad_filter: float | None = None,
     engine: str = "auto",
+    group: Any = None,
     return_losses: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Multi-token prediction: sum_k a_k mean_t CE(s^k_t, target[t + shifts[k]]), each mean over its own valid labels. No N x C logits.
@@ -64,6 +65,7 @@ def linear_multi_token_cross_entropy(
         loss_weights: K factors a_k; None: 1 each.
         linear_bias: (C,), or a sequence of K of them.
         ignore_index, label_smoothing, softcap, logit_scale, z_loss, grad_filter, engine: as in `linear_cross_entropy`.
+        group: as there, of one weight, and with the same rows on all ranks.
         return_losses: also return the K means, which costs one more forward pass (2 on 6 parts of work) where the weight is shared.
 
     Returns:
@@ -85,14 +87,18 @@ def linear_multi_token_cross_entropy(
     sets, weights = _feature_sets(input, target, len(shifts)), _heads("linear_weight", linear_weight, len(shifts))
     biases = [None] if linear_bias is None else _heads("linear_bias", linear_bias, len(shifts))
     for x, w, b in _together(sets, weights, biases):
-        check_linear(x, w, b)
+        if group is None:
+            check_linear(x, w, b)
     check_index("target", target, sets[0].device, ignored)
     labels = _labels(target, shifts, ignored)  # (K, N)
     used = labels != ignored
     options = Options(None, label_smoothing, z_loss, 0.0, ignored, engine)
     if len(weights) == len(biases) == 1:
         x = sets[0] if len(sets) == 1 else input if isinstance(input, Tensor) else torch.stack(sets)
-        stream = make_stream(x, weights[0], biases[0], softcap, logit_scale, grad_filter=grad_filter)
+        layer = open_layer(x, weights[0], biases[0], group)
+        if layer.rows is not None or (layer.layout is not None and layer.layout.batch is not None):
+            raise ArgumentError("group: rows that are spread over ranks are not offered here; spread the classes alone")
+        stream = make_stream(*layer.operands, softcap, logit_scale, grad_filter=grad_filter, layer=layer)
         check_range("target", labels, used, stream.shape[1])
         share = _shares(used, stream)
         scaled = torch.stack([a * s for a, s in zip(factors, share, strict=True)])
@@ -103,6 +109,8 @@ def linear_multi_token_cross_entropy(
         with torch.no_grad():
             rows = (_rows_of_one_set if one else _rows_of_all_sets)(stream, labels, used, options)
             return loss, (rows.sum(1, dtype=share.dtype) * share).to(loss.dtype)
+    if group is not None:
+        raise ArgumentError("group: is offered for one linear_weight and one linear_bias; of several, add up the losses of each")
     losses = []
     for (x, w, b), y, there in zip(_together(sets, weights, biases), labels, used, strict=True):
         stream = make_stream(x, w, b, softcap, logit_scale, grad_filter=grad_filter)

@@ -23,8 +23,9 @@ from bigclass.core.topk import TopK
 from bigclass.core.updates import SlabUpdate
 from bigclass.losses.classwise import Rows, class_vector, one_vs_all
 from bigclass.losses.elementwise import numbers_of, registered
-from bigclass.losses.inputs import check_linear, check_smoothing, check_tensor, make_stream
+from bigclass.losses.inputs import check_smoothing, check_tensor, make_stream, open_layer
 from bigclass.losses.positives import Positives, read_positives
+from bigclass.parallel.layer import Layer
 
 
 class TopClasses(NamedTuple):
@@ -50,6 +51,7 @@ def linear_binary_cross_entropy(
     grad_filter: float | None = None,
     update: SlabUpdate | None = None,
     engine: str = "auto",
+    group: Any = None,
 ) -> Any:
     r"""Binary cross-entropy of every class against few positives a row, without the N x C logits or targets.
 
@@ -79,6 +81,8 @@ def linear_binary_cross_entropy(
             in the backward (8NCD flops), so that no C x D gradient is returned. Any backward through the loss takes the step, even one
             that asks for the features' gradient alone. One rank, and outside a traced graph.
         engine: "auto", "dense" (materialises), "tiled", "fused".
+        group: as in `linear_cross_entropy`. Each rank makes its classes' part, and nothing but the loss and dx is added up: 6NMD flops
+            for M classes.
 
     Returns:
         The loss, fp32 (float64 for float64 inputs). With return_topk: (loss, TopClasses(values, indices)).
@@ -95,7 +99,7 @@ def linear_binary_cross_entropy(
     return linear_elementwise_loss(
         input, linear_weight, positives, loss="bce", linear_bias=linear_bias, weight=weight, pos_weight=pos_weight,
         label_smoothing=label_smoothing, reduction=reduction, softcap=softcap, logit_scale=logit_scale, return_topk=return_topk,
-        grad_filter=grad_filter, update=update, engine=engine,
+        grad_filter=grad_filter, update=update, engine=engine, group=group,
     )  # fmt: skip
 
 
@@ -204,6 +208,7 @@ def linear_elementwise_loss(
     grad_filter: float | None = None,
     update: SlabUpdate | None = None,
     engine: str = "auto",
+    group: Any = None,
     **options: float | None,
 ) -> Any:
     r"""A one-vs-all loss by its name: one of the library's, or your own (`register_elementwise_loss`).
@@ -219,11 +224,13 @@ def linear_elementwise_loss(
     Example:
         >>> loss = bigclass.linear_elementwise_loss(x, w, positives, loss="squared_hinge", margin=0.5)
     """
-    stream, targets = _inputs(input, linear_weight, positives, linear_bias, softcap, logit_scale, grad_filter)
-    return streamed_loss(
-        stream, input.shape[:-1], targets, loss, options, weight=weight, pos_weight=pos_weight, label_smoothing=label_smoothing,
+    layer = open_layer(input, linear_weight, linear_bias, group)
+    stream, targets = _inputs(layer, positives, softcap, logit_scale, grad_filter)
+    made = streamed_loss(
+        stream, layer.input.shape[:-1], targets, loss, options, weight=weight, pos_weight=pos_weight, label_smoothing=label_smoothing,
         reduction=reduction, return_topk=return_topk, update=update, engine=engine,
     )  # fmt: skip
+    return own_rows(layer, made, reduction)
 
 
 def linear_zlpr_loss(
@@ -239,6 +246,7 @@ def linear_zlpr_loss(
     grad_filter: float | None = None,
     update: SlabUpdate | None = None,
     engine: str = "auto",
+    group: Any = None,
 ) -> Any:
     r"""ZLPR: log(1 + sum over negatives of e^s) + log(1 + sum over positives of e^-s), a ranking around zero.
 
@@ -254,16 +262,38 @@ def linear_zlpr_loss(
 
     Su et al., "ZLPR: A Novel Loss for Multi-label Classification", arXiv:2208.02955, equation 6.
     """
-    stream, targets = _inputs(input, linear_weight, positives, linear_bias, softcap, logit_scale, grad_filter)
-    return zlpr_loss(stream, input.shape[:-1], targets, reduction=reduction, return_topk=return_topk, update=update, engine=engine)
+    layer = open_layer(input, linear_weight, linear_bias, group)
+    stream, targets = _inputs(layer, positives, softcap, logit_scale, grad_filter)
+    lead = layer.input.shape[:-1]
+    made = zlpr_loss(stream, lead, targets, reduction=reduction, return_topk=return_topk, update=update, engine=engine)
+    return own_rows(layer, made, reduction)
 
 
-def _inputs(
-    input: Tensor, linear_weight: Tensor, positives: Any, linear_bias, softcap, logit_scale, grad_filter
-) -> tuple[Stream, Positives | Tensor]:
-    check_linear(input, linear_weight, linear_bias)
-    stream = make_stream(input, linear_weight, linear_bias, softcap, logit_scale, grad_filter=grad_filter)
-    return stream, read_positives(positives, input.shape[:-1], linear_weight.shape[0], input.device)
+def _inputs(layer: Layer, positives: Any, softcap, logit_scale, grad_filter) -> tuple[Stream, Positives | Tensor]:
+    stream = make_stream(*layer.operands, softcap, logit_scale, grad_filter=grad_filter, layer=layer)
+    return stream, layer_positives(layer, positives)
+
+
+def layer_positives(layer: Layer, positives: Any) -> Positives | Tensor:
+    """Targets in any form, for all rows that the layer works on."""
+    here = read_positives(positives, layer.lead, layer.classes, layer.input.device)
+    if layer.rows is None:
+        return here
+    if isinstance(here, Tensor):
+        return layer.gather(here.reshape(*layer.lead, layer.classes)).reshape(-1, layer.classes)
+    k = here.picks.shape[1]
+    picks, width = layer.gather_padded(here.picks.reshape(*layer.lead, k), -1)
+    values = None if here.values is None else layer.gather_padded(here.values.reshape(*layer.lead, k), 0)[0].reshape(-1, width)
+    return Positives(picks.reshape(-1, width), values, here.floor)
+
+
+def own_rows(layer: Layer, made: Any, reduction: str) -> Any:
+    """A loss (and the best classes) of all rows that the layer works on, as this rank's caller has them."""
+    if layer.rows is None:
+        return made
+    loss, *more = made if isinstance(made, tuple) else (made,)
+    loss = layer.own(loss) if reduction == "none" else loss
+    return (loss, TopClasses(*[layer.own(t) for t in more[0]])) if more else loss
 
 
 def streamed_loss(

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from bigclass.core.folds import Dot, Fold, LogSumExp, State, Total, log_sum, log_sum_exp
 from bigclass.core.guards import autocast_off
-from bigclass.core.op import empty_report, observed_loss, reduce_logits
+from bigclass.core.op import empty_report
 from bigclass.core.problem import beside
 from bigclass.core.row_losses import ROW_LOSSES, register_row_loss
 from bigclass.core.stream import Stream
@@ -41,6 +41,7 @@ from bigclass.core.updates import SlabUpdate
 from bigclass.losses.folds import WeightedExp
 from bigclass.losses.inputs import check_range, kept_picks, kept_rows
 from bigclass.losses.targets import SparseTarget
+from bigclass.parallel.classes import observed_loss, over_batch, reduce_logits, whole_batch
 
 
 class Stats(NamedTuple):
@@ -165,12 +166,14 @@ def finish(tasks: list[Task], shape, reduction: str, return_stats: bool):
     prepared = [_prepare(task) for task in tasks]
     factor = None
     if reduction == "mean":
-        factor = _inverse(sum([p.mass for p in prepared])), _inverse(sum([p.rows for p in prepared]))
+        of_all = [over_batch(sum(counts), tasks[0].stream) for counts in ([p.mass for p in prepared], [p.rows for p in prepared])]
+        factor = _inverse(of_all[0]), _inverse(of_all[1])
     outs = [_run(p, factor, reduction == "none", return_stats) for p in prepared]
     if reduction == "none":
         loss = _join([loss for loss, _ in outs], shape)
     else:
         loss = outs[0][0] if len(outs) == 1 else torch.stack([loss for loss, _ in outs]).sum()
+        loss = whole_batch(loss, tasks[0].stream)
         if factor is not None and (isinstance(factor[0], Tensor) or math.isinf(factor[0])):
             loss = loss + factor[0] * 0.0  # nothing kept: 0 / 0, which is torch's answer too
             loss = loss.to(tasks[0].stream.accumulate_dtype)

@@ -45,25 +45,57 @@ def batch_sizes(t: Tensor, ranks: Ranks) -> list[int]:
 def row_counts(tensors: Sequence[Tensor], ranks: Ranks) -> list[list[int]]:
     """How many rows of each of the tensors (n, D) each rank has. The first is the one that travels.
 
-    Their exchange is a few numbers a rank, which the host waits for. In a traced graph, which cannot wait, all must have as many as this
-    rank: an assertion (on CUDA: on the device) fails where they have not.
-
     Raises:
         ValueError: ranks differ in D or in dtype; on each of them, where what follows would hang or mix up bytes."""
     own, t = [t.shape[0] for t in tensors], tensors[0]
     if torch.compiler.is_compiling():
-        most = functional.all_reduce(torch.tensor([*own, *[-n for n in own]], device=t.device), "max", ranks.name)
-        torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
-            (most[: len(own)] == -most[len(own) :]).all(),
-            "bigclass: under torch.compile all ranks of a group must have batches of the same size",
-        )
+        _assert_alike(own, t.device, ranks, "batches of the same size")
         return [[n] * ranks.size for n in own]
-    kind = _DTYPES.index(t.dtype) if t.dtype in _DTYPES else len(_DTYPES)
-    told = wait(_all_gather(torch.tensor([t.shape[1], kind, *own], device=t.device), 0, ranks.name)).view(ranks.size, -1).tolist()
-    for label, values in (("widths", [row[0] for row in told]), ("dtypes", [(*_DTYPES, "another")[row[1]] for row in told])):
+    told = _told([t.shape[1], _kind(t), *own], t.device, ranks)
+    for label, values in (("widths", [row[0] for row in told]), ("dtypes", [_KINDS[row[1]] for row in told])):
         if len(set(values)) > 1:
             raise ArgumentError(f"group: expected features of one width and one dtype on all ranks, got {label} {values}")
     return [[row[2 + i] for row in told] for i in range(len(own))]
+
+
+def counts_of(own: Sequence[int], alike: dict[str, int], tensors: Sequence[Tensor], ranks: Ranks) -> list[list[int]]:
+    """Of each number of this rank's the numbers that all ranks have. alike: what must be the same on all, besides the tensors' dtypes.
+
+    Their exchange is a few numbers a rank, which the host waits for. In a traced graph, which cannot wait, `own` must be alike, too: an
+    assertion (on CUDA: on the device) fails where it is not.
+
+    Raises:
+        ValueError: ranks differ in what must be alike; on each of them."""
+    device = tensors[0].device
+    if torch.compiler.is_compiling():
+        _assert_alike([*own, *alike.values()], device, ranks, "the same number of classes and rows each")
+        return [[n] * ranks.size for n in own]
+    told = _told([*own, *alike.values(), *[_kind(t) for t in tensors]], device, ranks)
+    checked: dict[str, list[Any]] = {name: [row[len(own) + i] for row in told] for i, name in enumerate(alike)}
+    checked |= {f"dtypes ({i})": [_KINDS[row[i - len(tensors)]] for row in told] for i in range(len(tensors))}
+    for name, values in checked.items():
+        if len(set(values)) > 1:
+            raise ArgumentError(f"group: expected the same on all ranks, got {name} {values}")
+    return [[row[i] for row in told] for i in range(len(own))]
+
+
+_KINDS = (*_DTYPES, "another")
+
+
+def _kind(t: Tensor) -> int:
+    return _DTYPES.index(t.dtype) if t.dtype in _DTYPES else len(_DTYPES)
+
+
+def _told(numbers: Sequence[int], device: torch.device, ranks: Ranks) -> list[list[int]]:
+    """The numbers of each rank."""
+    return wait(_all_gather(torch.tensor(numbers, device=device), 0, ranks.name)).view(ranks.size, -1).tolist()
+
+
+def _assert_alike(numbers: Sequence[int], device: torch.device, ranks: Ranks, what: str) -> None:
+    most = functional.all_reduce(torch.tensor([*numbers, *[-n for n in numbers]], device=device), "max", ranks.name)
+    torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
+        (most[: len(numbers)] == -most[len(numbers) :]).all(), f"bigclass: under torch.compile all ranks of a group must have {what}"
+    )
 
 
 def wait(t: Tensor) -> Tensor:
@@ -93,6 +125,11 @@ def start_gather(t: Tensor, sizes: Sequence[int], ranks: Ranks) -> Tensor:
     return _all_gather(padded(t.detach(), max(sizes)), 0, ranks.name)
 
 
+def gathered(t: Tensor, sizes: Sequence[int], ranks: Ranks) -> Tensor:
+    """The rows of all ranks, rank after rank; no gradient."""
+    return unpadded(wait(start_gather(t, sizes, ranks)), sizes)
+
+
 def scatter_sum(t: Tensor, sizes: Sequence[int], ranks: Ranks) -> Tensor:
     """The sum over ranks of t (sum of sizes, ...), of which this rank gets its own rows."""
     most = max(sizes)
@@ -112,7 +149,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, t, sizes, ranks):
         ctx.sizes, ctx.ranks, ctx.dtype = sizes, ranks, t.dtype
-        return unpadded(wait(start_gather(t, sizes, ranks)), sizes).to(_wide(t))
+        return gathered(t, sizes, ranks).to(_wide(t))
 
     @staticmethod
     def backward(ctx, grad):
@@ -177,22 +214,50 @@ def scaled_gradient(t: Tensor, factor: float) -> Tensor:
     return t if factor == 1.0 else _ScaledGradient.apply(t, factor)
 
 
+class _GatherClasses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, s, sizes, ranks):
+        ctx.start, ctx.count = sum(sizes[: ranks.rank]), sizes[ranks.rank]
+        return gathered(s.t(), sizes, ranks).t()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad[:, ctx.start : ctx.start + ctx.count], None, None
+
+
+def gather_classes(s: Tensor, sizes: Sequence[int], ranks: Ranks) -> Tensor:
+    """(n, C) of each rank's columns s (n, M), with which every rank goes on to compute the same."""
+    return _GatherClasses.apply(s, list(sizes), ranks)
+
+
+class _GatherAlike(torch.autograd.Function):
+    """(W, *t.shape) of all ranks, each of which goes on to compute the same with it."""
+
+    @staticmethod
+    def forward(ctx, t, ranks):
+        ctx.rank = ranks.rank
+        return wait(_all_gather(t.contiguous(), 0, ranks.name)).view(ranks.size, *t.shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad[ctx.rank], None
+
+
 def merge_states(fold: Fold, state: State, ranks: Ranks) -> State:
     """The state of what all ranks folded.
 
     A log-sum-exp by two all-reduces (largest, then sum), a sum by one, two numbers a row; other monoids by gathering all states and
-    merging them in the order of the ranks, which is the same on each."""
-    if type(fold) is LogSumExp:
+    merging them in the order of the ranks, which is the same on each. Differentiable: merging is plain arithmetic, and a state's
+    reference point counts as a constant in it, as it does in the fold."""
+    if isinstance(fold, LogSumExp) and type(fold).merge is LogSumExp.merge:
         m, mass = state
         top = wait(functional.all_reduce(m.detach(), "max", ranks.name))
-        down = (m - top.clamp_min(torch.finfo(top.dtype).min)).exp()
+        down = (m.detach() - top.clamp_min(torch.finfo(top.dtype).min)).exp()
         return top, sum_over(mass * down, ranks)
     if isinstance(fold, SumFold):
         return tuple([sum_over(t, ranks) for t in state])
-    if any(t.requires_grad for t in state):
-        raise ArgumentError(f"fold {fold.name!r}: its states are merged over ranks without gradients; detach them")
-    gathered = [wait(_all_gather(t.contiguous(), 0, ranks.name)).unflatten(0, (ranks.size, -1)) for t in state]
-    merged = tuple([t[0] for t in gathered])
+    every = [_GatherAlike.apply(t if d else t.detach(), ranks) for t, d in zip(state, fold.differentiable, strict=True)]
+    merged = tuple([t[0] for t in every])
     for q in range(1, ranks.size):
-        merged = fold.merge(merged, tuple([t[q] for t in gathered]))
-    return merged
+        merged = fold.merge(merged, tuple([t[q] for t in every]))
+    return tuple([t if d else t.detach() for t, d in zip(merged, fold.differentiable, strict=True)])

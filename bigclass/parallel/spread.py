@@ -28,6 +28,7 @@ from bigclass.core.guards import refuse_create_graph, refuse_transforms
 from bigclass.core.op import fold_gradients, fold_states
 from bigclass.core.problem import assert_picks, states_of, upstream_of
 from bigclass.core.recipe import pack, unpack
+from bigclass.core.shards import local_picks
 from bigclass.core.stream import Stream
 from bigclass.parallel.collectives import padded, scatter_sum, shift, start_gather, unpadded, wait
 from bigclass.parallel.groups import Ranks
@@ -87,11 +88,6 @@ def _over(stream: Stream, w: Tensor) -> Stream:
     return replace(stream, pairs=((stream.pairs[0][0], w),), bias=bias)
 
 
-def _local(picks: Tensor | None, start: int, stop: int) -> Tensor | None:
-    """The picks among classes [start, stop), counted from start."""
-    return None if picks is None else torch.where((picks >= start) & (picks < stop), picks - start, -1)
-
-
 def _ring(w: Tensor, sizes: Sequence[int], ranks: Ranks) -> Iterator[tuple[int, Tensor]]:
     """(rank q, its classes), this rank's own first. The next piece travels while one is in use."""
     current = padded(w, max(sizes))
@@ -133,7 +129,9 @@ def _spread(
         if part.shape[0] == 0 or x.shape[0] == 0:
             continue
         stop = start + part.shape[0]
-        found, here = fold_states(_over(stream, part), _local(picks, start, stop), folds, engine, int(workspace) or None)
+        found, here = fold_states(
+            _over(stream, part), None if picks is None else local_picks(picks, start, stop), folds, engine, int(workspace) or None
+        )
         for i, f in enumerate(folds):
             if f.axis == "rows":
                 states[i] = f.merge(states[i], found[i])
@@ -179,7 +177,7 @@ def _spread_backward(
 
         some = [tuple([cut(t, f) for t in s]) for f, s in zip(folds, folded, strict=True)]
         above = [[None if t is None else cut(t, f) for t in p] for f, p in zip(folds, parts, strict=True)]
-        here, space = _local(picks, start, stop), int(workspace) or None
+        here, space = None if picks is None else local_picks(picks, start, stop), int(workspace) or None
         made = iter(fold_gradients(_over(stream, part), here, folds, some, above, h, needs, engine, space))
         dw = None
         for i, need in enumerate(needs):

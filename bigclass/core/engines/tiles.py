@@ -64,11 +64,11 @@ def _product(a: Tensor, b: Tensor, out: Tensor, beta: float, alpha: float) -> Te
 def _pieces(rows: int, cols: int, inner: int) -> int:
     """How many pieces of columns to make a CPU product in.
 
-    On AMD's CPUs MKL likes narrow outputs. Zen 4 (fp32, two cores of an EPYC 9004, rows x cols x inner): pieces no wider than high gain 5 % at
-    688 x 4032 x 512, 15 % at 256 x 11264 x 512, 27 % at 688 x 4032 x 2048; below 256 rows or 128 inner they cost more than they gain. Zen 3
-    (no AVX-512; two cores of an EPYC 7003): pieces of 256 gain 24 % at 464 x 12288 x 512, 35 % at 160 x 12288 x 512, and more at 2048 inner.
-    On Intel's, which it was made for, pieces always cost: 13 % at 512 x 4096 x 512, 20 % at 256 x 4096 x 512 (two cores of a Xeon, Sapphire
-    Rapids)."""
+    On AMD's CPUs MKL likes narrow outputs. Zen 4 (fp32, two cores of an EPYC 9004, rows x cols x inner): pieces no wider than high gain
+    5 % at 688 x 4032 x 512, 15 % at 256 x 11264 x 512, 27 % at 688 x 4032 x 2048; below 256 rows or 128 inner they cost more than they
+    gain. Zen 3 (no AVX-512; two cores of an EPYC 7003): pieces of 256 gain 24 % at 464 x 12288 x 512, 35 % at 160 x 12288 x 512, and more
+    at 2048 inner. On Intel's, which it was made for, pieces always cost: 13 % at 512 x 4096 x 512, 20 % at 256 x 4096 x 512 (two cores of
+    a Xeon, Sapphire Rapids)."""
     if _is_intel():
         return 1
     if inner >= 512 and torch.backends.cpu.get_cpu_capability() == "AVX2":

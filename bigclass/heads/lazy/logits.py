@@ -31,15 +31,16 @@ from torch.nn import _reduction as legacy
 
 from bigclass.core.errors import ArgumentError
 from bigclass.core.folds import LogSumExp, log_sum_exp
-from bigclass.core.op import reduce_logits
 from bigclass.core.stream import Scale, Softcap, Stream
 from bigclass.core.topk import TopK
 from bigclass.heads.lazy.axes import Axes
 from bigclass.heads.lazy.base import Lazy, dense_call, plain_number, result_dtype
 from bigclass.heads.lazy.shapes import axis
 from bigclass.losses.cross_entropy import cross_entropy
-from bigclass.losses.inputs import check_linear, checked_picks, filter_of, in_autocast
+from bigclass.losses.inputs import checked_picks, filter_of, in_autocast, open_layer
 from bigclass.losses.targets import SparseTarget
+from bigclass.parallel.classes import own, reduce_logits, shards_of
+from bigclass.parallel.collectives import gather_classes
 
 
 @dataclass(eq=False, repr=False)
@@ -96,7 +97,8 @@ class LazyLogits(Axes):
 
     def materialize(self) -> Tensor:
         self.check()
-        stream = self.stream
+        shards = shards_of(self.stream)
+        stream = self.stream if shards is None else own(self.stream)
         s: Any = None
         # a class vector that was added in a wider type than the layer's is not rounded to that
         late = stream.class_scale is not None or (
@@ -119,7 +121,9 @@ class LazyLogits(Axes):
             s = s * stream.scale_tensor.reshape(())
         for m in stream.maps:
             s = m.forward(s, m.numbers, m.tensors)
-        s = s.to(self.dtype).reshape(*self.lead, stream.shape[1])
+        s = s.to(self.dtype)
+        s = s if shards is None else gather_classes(s, shards.sizes, shards.ranks)
+        s = s.reshape(*self.lead, self.stream.shape[1])
         return s.movedim(-1, 1) if self.class_first else s
 
     def check(self) -> None:
@@ -166,6 +170,8 @@ class LazyLogits(Axes):
         """Some of the classes: an index of the first axis of the weight that keeps it."""
         self.check()
         s = self.stream
+        if shards_of(s) is not None:
+            raise ArgumentError("lazy logits whose classes are spread over ranks cannot be sliced along them; materialize() them first")
         pick = lambda t: None if t is None else t[index]  # noqa: E731
         pairs = tuple((x, w[index]) for x, w in s.pairs)
         return self._with(replace(s, pairs=pairs, bias=pick(s.bias), class_scale=pick(s.class_scale)))
@@ -202,7 +208,8 @@ class LazyLogits(Axes):
         self.check()
         wide = s.accumulate_dtype
         b = by.reshape(-1).to(wide) if isinstance(by, Tensor) else torch.full((1,), float(by), dtype=wide, device=self.device)
-        b = (b / s.scale).expand(s.shape[1])
+        b, shards = (b / s.scale).expand(s.shape[1]), shards_of(s)
+        b = b if shards is None else shards.vector(b)
         dtype = _promoted(self.dtype, by)
         return self._with(replace(s, bias=b if s.bias is None else s.bias.to(wide) + b), dtype=dtype)
 
@@ -375,22 +382,34 @@ class LazyLogits(Axes):
 
 def lazy_logits(
     features: Tensor, weight: Tensor, bias: Tensor | None, maps: tuple = (), engine: str = "auto", *,
-    pairs: Sequence[tuple[Tensor, Tensor]] = (), class_scale: Tensor | None = None, grad_filter: float | None = None,
+    pairs: Sequence[tuple[Tensor, Tensor]] = (), class_scale: Tensor | None = None, grad_filter: float | None = None, group: Any = None,
 ) -> LazyLogits:  # fmt: skip
     """The logits maps(class_scale * (features weight^T + pairs) + bias) of features (..., D), not yet made.
 
-    pairs: more operands, u (N, R) and v (C, R) each, as adapters have. class_scale: (C,). grad_filter: as in `linear_cross_entropy`."""
-    check_linear(features, weight, bias)
+    pairs: more operands, u (N, R) and v (C, R) each, as adapters have. class_scale: (C,). grad_filter, group: as in
+    `linear_cross_entropy`."""
+    layer = open_layer(features, weight, bias, group)
+    if layer.rows is not None:
+        raise ArgumentError(
+            "lazy logits are of this rank's rows, but those of all ranks are gathered here (group= has them in `classes` and in `batch`); "
+            "give the head its targets, head(features, target)"
+        )
+    if pairs or class_scale is not None:
+        layer.whole("adapters")
+    (features, weight, bias), layout = layer.operands, layer.layout
     device = features.device.type
     compute = torch.get_autocast_dtype(device) if in_autocast(device) else None
     if compute is not None and torch.float64 in (features.dtype, weight.dtype):
         compute = None  # autocast leaves float64 alone
+    compute = compute or layer.compute_dtype
     dtype = compute or torch.promote_types(features.dtype, weight.dtype)
     # aliases, so that wrappers see tensors that the module made rather than its parameters
     b = None if bias is None else bias.view_as(bias)
     x = features.reshape(-1, features.shape[-1])
     own = ((x, weight.view_as(weight)), *[(u, v.view_as(v)) for u, v in pairs])
-    stream = Stream(own, bias=b, class_scale=class_scale, maps=maps, compute_dtype=compute, grad_filter=filter_of(grad_filter))
+    stream = Stream(
+        own, bias=b, class_scale=class_scale, maps=maps, compute_dtype=compute, grad_filter=filter_of(grad_filter), layout=layout
+    )
     versions = None if torch.compiler.is_compiling() else _versions(stream)
     return LazyLogits(stream, tuple(features.shape[:-1]), dtype, engine, False, versions)
 
@@ -432,13 +451,15 @@ class _Recipe:
     engine: str
     class_first: bool
     versioned: bool
+    layout: Any
 
     def lazy(self, leaves: Sequence[Any]) -> LazyLogits:
         rest = iter(leaves)
         pairs = tuple((next(rest), next(rest)) for _ in range(self.pairs))
         bias, class_scale, given, scale_tensor = (next(rest) if there else None for there in self.optional)
         maps = tuple(cls(numbers, tuple(next(rest) for _ in range(count))) for cls, numbers, count in self.maps)
-        stream = Stream(pairs, bias, class_scale, given, self.scale, scale_tensor, maps, self.compute_dtype, grad_filter=self.grad_filter)
+        stream = Stream(pairs, bias, class_scale, given, self.scale, scale_tensor, maps, self.compute_dtype, grad_filter=self.grad_filter,
+                        layout=self.layout)  # fmt: skip
         return LazyLogits(stream, self.lead, self.dtype, self.engine, self.class_first, _versions(stream) if self.versioned else None)
 
 
@@ -448,7 +469,7 @@ def _flatten(lazy: LazyLogits):
     maps = tuple((type(m), m.numbers, len(m.tensors)) for m in s.maps)
     recipe = _Recipe(
         len(s.pairs), optional, s.scale, maps, s.compute_dtype, s.grad_filter, lazy.lead, lazy.dtype, lazy.engine, lazy.class_first,
-        lazy.versions is not None,
+        lazy.versions is not None, s.layout,
     )  # fmt: skip
     return s.tensors, recipe
 

@@ -19,7 +19,6 @@ from torch.nn import _reduction as legacy
 
 from bigclass.core.errors import ArgumentError, ArgumentTypeError
 from bigclass.core.folds import LogSumExp, ShiftedMoment, Total, entropy, log_sum, log_sum_exp
-from bigclass.core.op import reduce_logits
 from bigclass.heads.lazy.base import Lazy, dense_call, functions_of, result_dtype
 from bigclass.heads.lazy.logits import LazyLogits
 from bigclass.heads.lazy.shapes import from_start
@@ -27,6 +26,7 @@ from bigclass.losses.classwise import binary_cross_entropy
 from bigclass.losses.cross_entropy import cross_entropy
 from bigclass.losses.inputs import checked_picks
 from bigclass.losses.targets import SparseTarget
+from bigclass.parallel.classes import reduce_logits
 
 
 class _Terms(Lazy):
