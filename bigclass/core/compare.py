@@ -45,10 +45,10 @@ def compare_rows(student: Stream, teacher: Stream, divergence: Divergence, *, ke
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit.
     """
-    student, teacher, name = _checked(student, teacher, keep, engine, scalar=False)
+    student, teacher, name = checked_pair(student, teacher, keep, engine, scalar=False)
     if name == "dense":
         return _dense(student, teacher, divergence, keep)
-    tensors, constants, needs = _packed(student, teacher, divergence, name, "recompute")
+    tensors, constants, needs = packed_pair(student, teacher, divergence, name, "recompute")
     return rows_op(*tensors, keep, *constants, needs)[0]
 
 
@@ -60,17 +60,17 @@ def compare_sum(
     Args:
         g: (N,) factors, constants; in float64 so is the sum over rows. Everything else: as in `compare_rows`.
     """
-    student, teacher, name = _checked(student, teacher, keep, engine, scalar=True)
+    student, teacher, name = checked_pair(student, teacher, keep, engine, scalar=True)
     if tuple(g.shape) != (student.shape[0],):
         raise ArgumentError(f"g: expected shape ({student.shape[0]},), got {tuple(g.shape)}")
     g = g.detach() if keep is None else torch.where(keep, g.detach(), 0.0)
     if name == "dense" or settings().gradients == "recompute":
         return (g * compare_rows(student, teacher, divergence, keep=keep, engine=name)).sum().to(student.accumulate_dtype)
-    tensors, constants, needs = _packed(student, teacher, divergence, name, "auto")
+    tensors, constants, needs = packed_pair(student, teacher, divergence, name, "auto")
     return sum_op(*tensors, keep, g, *constants, needs)[0]
 
 
-def _checked(student: Stream, teacher: Stream, keep: Tensor | None, engine: str, *, scalar: bool) -> tuple[Stream, Stream, str]:
+def checked_pair(student: Stream, teacher: Stream, keep: Tensor | None, engine: str, *, scalar: bool) -> tuple[Stream, Stream, str]:
     """The streams, the teacher's without gradients, and the engine's name."""
     teacher = replace(teacher.with_tensors([_constant(t) for t in teacher.tensors]), grad_filter=0.0)
     student = replace(student, grad_filter=0.0)  # a head's, say: of two streams no entries can be set apart, so gradients are exact
@@ -116,7 +116,7 @@ def _work(student: Stream, teacher: Stream, *, scalar: bool, grad: bool) -> Work
     )
 
 
-def _packed(student: Stream, teacher: Stream, divergence: Divergence, engine: str, gradients: str):
+def packed_pair(student: Stream, teacher: Stream, divergence: Divergence, engine: str, gradients: str):
     """([the student's tensors, the teacher's], what else describes them, which tensors of the student need a gradient)."""
     recipe, numbers, tensors = pack(student, ())
     teacher_recipe, teacher_numbers, teacher_tensors = pack(teacher, ())
@@ -126,7 +126,7 @@ def _packed(student: Stream, teacher: Stream, divergence: Divergence, engine: st
     return (tensors, teacher_tensors), (*constants, f"{engine},{gradients},{settings().workspace or 0}"), needs
 
 
-def _unpacked(
+def unpacked_pair(
     tensors, teacher_tensors, recipe, numbers, teacher_recipe, teacher_numbers, name, constants, plan: str, scalar: bool, grad: bool
 ) -> tuple[Stream, Stream, Divergence, Plan]:
     """What a custom op was handed."""
@@ -142,7 +142,7 @@ def rows_op(
     teacher_recipe: str, teacher_numbers: list[float], divergence: str, constants: list[float], plan: str, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     described = (recipe, numbers, teacher_recipe, teacher_numbers, divergence, constants, plan)
-    student, teacher, kind, chosen = _unpacked(tensors, teacher_tensors, *described, scalar=False, grad=any(needs))
+    student, teacher, kind, chosen = unpacked_pair(tensors, teacher_tensors, *described, scalar=False, grad=any(needs))
     with autocast_off(student.device):
         return list(pair.compare(student, teacher, keep, kind, chosen, None, ())[:3])
 
@@ -161,7 +161,7 @@ def rows_backward_op(
     needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     described = (recipe, numbers, teacher_recipe, teacher_numbers, divergence, constants, plan)
-    student, teacher, kind, chosen = _unpacked(tensors, teacher_tensors, *described, scalar=False, grad=True)
+    student, teacher, kind, chosen = unpacked_pair(tensors, teacher_tensors, *described, scalar=False, grad=True)
     with autocast_off(student.device):
         return pair.compare_backward(student, teacher, keep, kind, chosen, stats, top, g, needs)
 
@@ -210,7 +210,7 @@ def sum_op(
     teacher_recipe: str, teacher_numbers: list[float], divergence: str, constants: list[float], plan: str, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     described = (recipe, numbers, teacher_recipe, teacher_numbers, divergence, constants, plan)
-    student, teacher, kind, chosen = _unpacked(tensors, teacher_tensors, *described, scalar=True, grad=any(needs))
+    student, teacher, kind, chosen = unpacked_pair(tensors, teacher_tensors, *described, scalar=True, grad=any(needs))
     with autocast_off(student.device):
         values, *_, made = pair.compare(student, teacher, keep, kind, chosen, g if any(needs) else None, needs)
     return [(g * values).sum().to(student.accumulate_dtype), *made]

@@ -20,22 +20,24 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigclass.core.compare import compare_rows, compare_sum
 from bigclass.core.divergences import DIVERGENCES, CrossEntropy, Divergence
 from bigclass.core.errors import ArgumentError, ArgumentTypeError
 from bigclass.core.folds import LogSumExp
 from bigclass.core.row_losses import ROW_LOSSES, register_row_loss
 from bigclass.core.stream import Softcap, Stream
 from bigclass.losses.cross_entropy import REDUCTIONS
-from bigclass.losses.inputs import check_index, check_linear, check_range, check_scale, check_tensor, make_stream
+from bigclass.losses.inputs import check_index, check_linear, check_range, check_scale, check_tensor, make_stream, open_layer
 from bigclass.losses.softmax import beside_largest, factor_dtype, others
 from bigclass.losses.targets import SparseTarget
-from bigclass.parallel.classes import reduce_logits, stream_loss
+from bigclass.parallel.classes import over_batch, reduce_logits, stream_loss, whole_batch
+from bigclass.parallel.divergences import compare_rows, compare_sum
+from bigclass.parallel.layer import Layer, layer_of
 
 KINDS = ("forward", "reverse", "jensen_shannon")
 RESTS = ("tail", "renormalize")
@@ -59,6 +61,7 @@ def linear_kl_div(
     teacher_softcap: float | None = None,
     teacher_logit_scale: float | Tensor | None = None,
     engine: str = "auto",
+    group: Any = None,
 ) -> Tensor:
     r"""Divergence of a student's linear layer from a teacher's over the same classes, without the N x C logits of either.
 
@@ -83,6 +86,8 @@ def linear_kl_div(
         mask: (...) bool; rows where it is False contribute exactly nothing, even if they hold NaN (e.g. labels != -100). None: all count.
         softcap, logit_scale: of the student, as in `linear_cross_entropy`. teacher_softcap, teacher_logit_scale: of the teacher.
         engine: "auto", "dense" (materialises both) or "tiled". There is no fused one for two streams: on a GPU "auto" is tiled.
+        group: as in `linear_cross_entropy`. teacher_weight and teacher_bias are shards of the same classes as linear_weight; stored logits
+            are those of all classes.
 
     Returns:
         The loss, fp32 (float64 for a float64 student): a scalar, or for reduction "none" (...), 0 where masked out. Infinite where a
@@ -99,14 +104,15 @@ def linear_kl_div(
     Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv:1503.02531; Agarwal et al., "On-Policy Distillation of Language
     Models: Learning from Self-Generated Mistakes" (GKD), arXiv:2306.13649, section 2.
     """
-    check_linear(input, linear_weight, linear_bias)
+    layer = open_layer(input, linear_weight, linear_bias, group)
     check_options(reduction, temperature)
-    student = _tempered(input, linear_weight, linear_bias, softcap, logit_scale, temperature)
-    teacher = _teacher(input, linear_weight, teacher_input, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale, temperature)
-    return kl_div(
-        student, teacher, input.shape[:-1], divergence=divergence, beta=beta, temperature=temperature, reduction=reduction, mask=mask,
-        engine=engine,
+    student = _tempered(layer, softcap, logit_scale, temperature)
+    teacher = _teacher(layer, group, teacher_input, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale, temperature)
+    loss = kl_div(
+        student, teacher, layer.input.shape[:-1], divergence=divergence, beta=beta, temperature=temperature, reduction=reduction,
+        mask=layer.gather(mask), engine=engine,
     )  # fmt: skip
+    return layer.own(loss) if reduction == "none" else loss
 
 
 def kl_div(
@@ -136,6 +142,7 @@ def linear_topk_kl_div(
     softcap: float | None = None,
     logit_scale: float | Tensor | None = None,
     engine: str = "auto",
+    group: Any = None,
 ) -> Tensor:
     r"""Forward KL of a student's linear layer from the K best classes of a teacher, stored with their log-probabilities.
 
@@ -154,7 +161,7 @@ def linear_topk_kl_div(
         rest: "tail" or "renormalize" (the formulas above).
         temperature: T > 0; divides the student's (soft-capped) logits.
         reduction, mask, softcap, logit_scale: as in `linear_kl_div`.
-        engine: "auto", "dense", "tiled" or "fused".
+        engine: "auto", "dense", "tiled" or "fused". group: as in `linear_cross_entropy`.
 
     Returns:
         The loss, as `linear_kl_div`. A row without any class (all -1) has nothing to renormalise: NaN. With "tail" it is 0.
@@ -171,14 +178,15 @@ def linear_topk_kl_div(
 
     Hinton et al., arXiv:1503.02531.
     """
-    check_linear(input, linear_weight, linear_bias)
+    layer = open_layer(input, linear_weight, linear_bias, group)
     check_options(reduction, temperature)
     if rest not in RESTS:
         raise ArgumentError(f"rest: expected one of {RESTS}, got {rest!r}")
-    lead, classes = input.shape[:-1], linear_weight.shape[0]
+    input, teacher_index, teacher_log_prob, mask = (layer.input, *[layer.gather(t) for t in (teacher_index, teacher_log_prob, mask)])
+    lead, classes = input.shape[:-1], layer.classes
     _check_stored(teacher_index, teacher_log_prob, input)
     keep = _kept(mask, lead, input.device)
-    student = _tempered(input, linear_weight, linear_bias, softcap, logit_scale, temperature)
+    student = _tempered(layer, softcap, logit_scale, temperature)
     index, p, tail = _stored(teacher_index, teacher_log_prob, rest, keep, student)
     check_range("teacher_index", index, index != -1, classes)
     index = torch.where(index < -1, classes, index)  # for the op to refuse, where looking here would be a host sync
@@ -190,7 +198,7 @@ def linear_topk_kl_div(
     states, picked = reduce_logits(student, index, folds, keep=keep, engine=engine)
     loss = ROW_LOSSES["topk_kl_div"](states, picked, args, ())
     loss = loss if keep is None else torch.where(keep, loss, 0.0)
-    return loss.to(student.accumulate_dtype).reshape(lead)
+    return layer.own(loss.to(student.accumulate_dtype).reshape(lead))
 
 
 @register_row_loss("topk_kl_div")
@@ -222,14 +230,18 @@ class _Rows:
 
     def __init__(self, stream: Stream, keep: Tensor | None, temperature: float, reduction: str) -> None:
         n, exact = stream.shape[0], factor_dtype(stream)
+        self.stream = stream
         self.none: Tensor | None = None
         factor = stream.tensors[0].new_full((), temperature**2, dtype=exact)
         if reduction == "mean":
-            inverse = 1.0 / (stream.tensors[0].new_full((), n, dtype=exact) if keep is None else keep.sum(dtype=exact))
+            count = over_batch(stream.tensors[0].new_full((), n, dtype=exact) if keep is None else keep.sum(dtype=exact), stream)
+            assert isinstance(count, Tensor)
+            inverse = 1.0 / count
             factor, self.none = factor * inverse, inverse * 0.0  # nothing kept: 0 / 0, which is torch's answer too
         self.factor = factor.expand(n) if keep is None else torch.where(keep, factor, 0.0)
 
     def finish(self, loss: Tensor) -> Tensor:
+        loss = whole_batch(loss, self.stream)
         return loss if self.none is None else loss + self.none.to(loss.dtype)
 
 
@@ -253,23 +265,31 @@ def _divergence(name: str, beta: float) -> Divergence:
     return DIVERGENCES[name]((float(beta),))
 
 
-def _tempered(
-    input: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float | Tensor | None, temperature: float
-) -> Stream:
+def _tempered(layer: Layer, softcap: float | None, scale: float | Tensor | None, temperature: float) -> Stream:
     """softcap(scale (x w^T + b)) / temperature."""
     if softcap is not None:
         softcap = Softcap.at(softcap).numbers[0] / temperature
-    stream = make_stream(input, weight, bias, softcap, scale)
+    stream = make_stream(*layer.operands, softcap, scale, layer=layer)
     return stream if temperature == 1.0 else replace(stream, scale=stream.scale / temperature)
 
 
 def _teacher(
-    input: Tensor, linear_weight: Tensor, teacher_input: Tensor, weight: Tensor | None, bias: Tensor | None, softcap: float | None,
+    student: Layer, group: Any, teacher_input: Tensor, weight: Tensor | None, bias: Tensor | None, softcap: float | None,
     scale: float | Tensor | None, temperature: float,
 ) -> Stream:  # fmt: skip
     """The teacher's stream: of features and a weight, or of stored logits."""
-    lead, classes = input.shape[:-1], linear_weight.shape[0]
+    input, lead, classes = student.input, student.input.shape[:-1], student.classes
     check_tensor("teacher_input", teacher_input)
+    taught = None
+    if weight is not None and student.layout is not None:
+        with torch.no_grad():
+            taught = layer_of(teacher_input.detach(), weight, bias, group)
+        teacher_input, weight, bias = taught.operands
+        sizes = [None if one is None or one.classes is None else one.classes.sizes for one in (taught.layout, student.layout)]
+        if sizes[0] != sizes[1]:
+            raise ArgumentError(f"teacher_weight: expected shards of {sizes[1]} classes (as linear_weight), got {sizes[0]}")
+    elif weight is None:
+        teacher_input = student.gather(teacher_input)
     if teacher_input.device != input.device:
         raise ArgumentError(f"teacher_input: expected device {input.device} (that of input), got {teacher_input.device}")
     if teacher_input.shape[:-1] != lead or teacher_input.dim() != input.dim():
@@ -279,10 +299,11 @@ def _teacher(
     if softcap is not None and not 0 < softcap < math.inf:
         raise ArgumentError(f"teacher_softcap: expected a finite number greater than 0, got {softcap}")
     if weight is not None:
-        check_linear(teacher_input, weight, bias, names=("teacher_input", "teacher_weight", "teacher_bias"))
-        if weight.shape[0] != classes:
-            raise ArgumentError(f"teacher_weight: expected {classes} classes (as linear_weight), got {weight.shape[0]}")
-        return _tempered(teacher_input, weight, bias, softcap, scale, temperature)
+        check_linear(teacher_input, weight, bias, names=("teacher_input", "teacher_weight", "teacher_bias"), shard=taught is not None)
+        taught = taught or Layer(teacher_input, weight, bias)
+        if taught.classes != classes:
+            raise ArgumentError(f"teacher_weight: expected {classes} classes (as linear_weight), got {taught.classes}")
+        return _tempered(taught, softcap, scale, temperature)
     if bias is not None:
         raise ArgumentError("teacher_bias: belongs to a teacher_weight, which is None; add it to the logits in teacher_input")
     if not teacher_input.is_floating_point():
@@ -292,8 +313,9 @@ def _teacher(
             f"teacher_input: expected logits of {classes} classes (as linear_weight), for teacher_weight is None, got shape "
             f"{tuple(teacher_input.shape)}"
         )
-    stream = _tempered(teacher_input, linear_weight, None, softcap, scale, temperature)
-    return replace(stream, pairs=(), given=teacher_input.reshape(-1, classes))
+    stream = _tempered(Layer(teacher_input, student.weight, None), softcap, scale, temperature)
+    given, shards = teacher_input.reshape(-1, classes), None if student.layout is None else student.layout.classes
+    return replace(stream, pairs=(), given=given if shards is None else shards.vector(given), layout=student.layout)
 
 
 def _kept(mask: Tensor | None, lead: Sequence[int], device: torch.device) -> Tensor | None:

@@ -214,6 +214,16 @@ def scaled_gradient(t: Tensor, factor: float) -> Tensor:
     return t if factor == 1.0 else _ScaledGradient.apply(t, factor)
 
 
+def summed(t: Tensor, ranks: Ranks) -> Tensor:
+    """The sum of t over the ranks; no gradient."""
+    return wait(functional.all_reduce(t, "sum", ranks.name))
+
+
+def all_of(t: Tensor, ranks: Ranks) -> Tensor:
+    """(W, *t.shape), t of all ranks, which has one shape; no gradient."""
+    return wait(_all_gather(t.contiguous(), 0, ranks.name)).view(ranks.size, *t.shape)
+
+
 class _GatherClasses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, s, sizes, ranks):
@@ -236,7 +246,7 @@ class _GatherAlike(torch.autograd.Function):
     @staticmethod
     def forward(ctx, t, ranks):
         ctx.rank = ranks.rank
-        return wait(_all_gather(t.contiguous(), 0, ranks.name)).view(ranks.size, *t.shape)
+        return all_of(t, ranks)
 
     @staticmethod
     def backward(ctx, grad):

@@ -48,3 +48,9 @@ class Ranks:
             raise ArgumentError(f"group: rank {dist.get_rank()} is no member of it; call this on its members alone")
         size = dist.get_world_size(group)
         return None if size == 1 else cls(group.group_name, rank, size)
+
+
+def ranks_named(name: Any) -> Ranks:
+    """The ranks of a process group by its name, as custom ops are handed it."""
+    group = dist.distributed_c10d._resolve_process_group(name)  # pyright: ignore[reportPrivateImportUsage]
+    return Ranks(name, dist.get_rank(group), dist.get_world_size(group))

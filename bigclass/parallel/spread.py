@@ -16,10 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from bigclass.core.errors import ArgumentError
@@ -31,7 +29,7 @@ from bigclass.core.recipe import pack, unpack
 from bigclass.core.shards import local_picks
 from bigclass.core.stream import Stream
 from bigclass.parallel.collectives import padded, scatter_sum, shift, start_gather, unpadded, wait
-from bigclass.parallel.groups import Ranks
+from bigclass.parallel.groups import Ranks, ranks_named
 
 EXCHANGES = ("auto", "gather", "ring")
 GATHERED = 1 << 29  # bytes of gathered classes and their fp32 gradient from which on "auto" goes round the ring
@@ -73,11 +71,6 @@ def spread_logits(
     return states_of(outputs, folds), None if picks is None else outputs[-1]
 
 
-def _ranks(name: Any) -> Ranks:
-    group = dist.distributed_c10d._resolve_process_group(name)  # pyright: ignore[reportPrivateImportUsage]
-    return Ranks(name, dist.get_rank(group), dist.get_world_size(group))
-
-
 def _starts(sizes: Sequence[int]) -> list[int]:
     return [sum(sizes[:q]) for q in range(len(sizes))]
 
@@ -116,7 +109,7 @@ def _spread(
     needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     stream, folds = unpack(recipe, numbers, tensors)
-    (x, w), ranks, starts = stream.pairs[0], _ranks(group), _starts(sizes)
+    (x, w), ranks, starts = stream.pairs[0], ranks_named(group), _starts(sizes)
     engine, workspace, exchange = plan.split(",")
     like = x.new_empty((), dtype=stream.accumulate_dtype)
     total = sum(sizes)
@@ -160,7 +153,7 @@ def _spread_backward(
     recipe: str, numbers: list[float], plan: str, group: str, sizes: list[int], needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     stream, folds = unpack(recipe, numbers, tensors)
-    (x, w), ranks, starts = stream.pairs[0], _ranks(group), _starts(sizes)
+    (x, w), ranks, starts = stream.pairs[0], ranks_named(group), _starts(sizes)
     engine, workspace, exchange = plan.split(",")
     wide = stream.accumulate_dtype
     folded, parts, h = upstream_of(folds, states, grads, has_grad, picks is not None)

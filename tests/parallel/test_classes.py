@@ -71,7 +71,33 @@ def cases(world: int) -> dict[str, Case]:
         )
         return torch.cat((loss.unsqueeze(1), top.values.detach(), top.indices.to(loss.dtype)), 1)
 
+    taught = torch.randn(n, c, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
+
+    def kl(stored: bool = False, **options):
+        def run(x, w, b, s, t=None, **group):
+            given = (
+                (t,)
+                if stored
+                else (
+                    x.detach() * 0.7 + 0.1,
+                    w.detach().flip(1),
+                )
+            )
+            bias = {} if stored else {"teacher_bias": -b.detach()}
+            return bigclass.linear_kl_div(x, w, *given, linear_bias=b, logit_scale=s, temperature=1.5, **bias, **options, **group)
+
+        return run
+
+    def topk_kl(x, w, b, s, index, log_p, **group):
+        return bigclass.linear_topk_kl_div(x, w, index, log_p, linear_bias=b, logit_scale=s, **group)
+
+    best = taught.log_softmax(1).topk(3)
     return {
+        "kl": Case(kl(), {"t": y}),
+        "kl stored": Case(kl(stored=True), {"t": taught}),
+        "kl reverse rows": Case(kl(divergence="reverse", reduction="none"), {"t": y}, rowwise=True),
+        "kl jensen shannon": Case(kl(divergence="jensen_shannon", beta=0.3), {"t": y}),
+        "kl top": Case(topk_kl, {"index": best.indices, "log_p": best.values}),
         "ce": Case(ce(), {"target": y}),
         "ce tiled": Case(ce(engine="tiled"), {"target": y}),
         "ce ignored": Case(ce(), {"target": some}),

@@ -41,6 +41,12 @@ class _Pair:
         """t (r, c), in `out`."""
         return self.teacher.bend(self.teacher.raw(us, self.teacher.slab(c), r, c, out), keep_inputs=False)[-1]
 
+    def tiles(self, ws: list[Tensor], r: Span, c: Span) -> tuple[Tensor, list[Tensor]]:
+        """(t (r, c), what the student's logits go through), in work buffers."""
+        t = self.teacher_tile(self.teacher.features(r), r, c, self.buffer("t", r.size, c.size))
+        s = self.student.raw(self.student.features(r), ws, r, c, self.buffer("tile", r.size, c.size))
+        return t, self.student.bend(s, keep_inputs=True)
+
     def compared(self, t: Tensor, s: Tensor, stats: Tensor, top: Tensor, c: Span) -> PairTile:
         """p, q, r and b of a tile, in work buffers, and where the student's largest logits lie."""
         m_t, rest_t, m_s, rest_s = (stats[:, i : i + 1] for i in range(4))
@@ -77,7 +83,7 @@ def _nothing(stats: Tensor) -> Tensor:
     return (0.0 * stats[:, :4]).sum(1)
 
 
-class _Largest:
+class Largest:
     """A row's largest logit m, where it is, and the sum of the others' e^(s - m), over the tiles seen so far.
 
     The largest stays out of the sum: for a confident row the others are less than what 1 + rest can hold.
@@ -91,12 +97,16 @@ class _Largest:
         """One tile, of the classes from `start` on."""
         m, top = s.max(1, keepdim=True)
         others = exp_(torch.sub(s, m.clamp_min(torch.finfo(s.dtype).min), out=scratch)).scatter_(1, top, 0.0).sum(1, keepdim=True)
+        self.merge(m, others, top + start)
+
+    def merge(self, m: Tensor, others: Tensor, top: Tensor) -> None:
+        """Other classes: their largest, the sum of the rest's exponentials, which it is."""
         leads = self.m >= m
         high, low = torch.where(leads, self.m, m), torch.where(leads, m, self.m)
-        shrink = torch.exp(low - high.clamp_min(torch.finfo(s.dtype).min))
+        shrink = torch.exp(low - high.clamp_min(torch.finfo(m.dtype).min))
         mass = torch.where(leads, others, self.rest) + 1.0  # of the lower one, its largest included: shrink is 0 where it has none
         self.rest = torch.where(leads, self.rest, others) + shrink * mass
-        self.top = torch.where(leads, self.top, top + start)
+        self.top = torch.where(leads, self.top, top)
         self.m = high
 
 
@@ -116,7 +126,7 @@ def compare(
     for r in spans(rows.count, plan.chunk):
         xs, us = maker.features(r), pair.teacher.features(r)
         kept = [pair.buffer(name, r.size, maker.c).view(-1) for name in ("kept s", "kept t")]
-        tiles, largest = [], (_Largest(r.size, like), _Largest(r.size, like))
+        tiles, largest = [], (Largest(r.size, like), Largest(r.size, like))
         for c in slabs:
             z, t = (k[r.size * c.start : r.size * c.stop].view(r.size, c.size) for k in kept)
             tiles.append((z, t))
@@ -175,9 +185,8 @@ def compare_backward(
     for c in spans(maker.c, plan.class_block):
         ws, sums = maker.slab(c), sink.open_slab(c)
         for r in spans(rows.count, plan.chunk):
-            xs, us = maker.features(r), pair.teacher.features(r)
-            t = pair.teacher_tile(us, r, c, pair.buffer("t", r.size, c.size))
-            along = maker.bend(maker.raw(xs, ws, r, c, pair.buffer("tile", r.size, c.size)), keep_inputs=True)
+            xs = maker.features(r)
+            t, along = pair.tiles(ws, r, c)
             at = slice(r.start, r.stop)
             tile = pair.compared(t, along[-1], stats[at], top[at], c)
             out = pair.gradient(tile, stats[at], g[at].to(maker.dtype), rows.mask(r))
@@ -185,6 +194,52 @@ def compare_backward(
         sink.close_slab(c, sums)
     sink.close_rows()
     return sink.finish()
+
+
+def largest(student: Stream, teacher: Stream, keep: Tensor | None, divergence: Divergence, plan: Plan) -> tuple[Largest, Largest]:
+    """(the teacher's, the student's) of each row (N, 1); what it says of rows that are left out means nothing.
+
+    The tiles are those of `compare_backward` under the same plan."""
+    pair = _Pair(student, teacher, keep, divergence)
+    maker, rows = pair.student, pair.rows
+    like = maker.pool.get("empty", 0, 0)
+    whole = Largest(rows.total, like), Largest(rows.total, like)
+    parts = [(r, (Largest(r.size, like), Largest(r.size, like))) for r in spans(rows.count, plan.chunk)]
+    for c in spans(maker.c, plan.class_block):
+        ws = maker.slab(c)
+        for r, found in parts:
+            t, s = pair.tiles(ws, r, c)
+            for one, logits in zip(found, (t, s[-1]), strict=True):
+                one.add(logits, c.start, pair.buffer("p", r.size, c.size))
+    for r, found in parts:
+        for one, of_chunk in zip(whole, found, strict=True):
+            for name in ("m", "rest", "top"):
+                rows.put(getattr(one, name), r, getattr(of_chunk, name))
+    return whole
+
+
+def sums(student: Stream, teacher: Stream, keep: Tensor | None, divergence: Divergence, plan: Plan, stats: Tensor, top: Tensor) -> Tensor:
+    """These classes' part of the divergence's sums (N, width), from the rows' statistics (N, 4) of more classes than these, say, and the
+    student's largest class (N,), counted from the first of these."""
+    pair = _Pair(student, teacher, keep, divergence)
+    maker, rows = pair.student, pair.rows
+    made = maker.pool.get("empty", 0, 0).new_zeros((rows.total, divergence.width))
+    for r in spans(rows.count, plan.chunk):
+        chunk, at = rows.take(stats, r), rows.take(top, r)
+        total = made.new_zeros((r.size, divergence.width))
+        for c in spans(maker.c, plan.class_block):
+            t, s = pair.tiles(maker.slab(c), r, c)
+            tile = pair.compared(t, s[-1], chunk, at, c)
+            for column, part in zip(total.unbind(1), divergence.sums(tile), strict=True):
+                column.add_(part.squeeze(1))
+        rows.put(made, r, total)
+    return made
+
+
+def values(divergence: Divergence, stats: Tensor, keep: Tensor | None) -> Tensor:
+    """D (N,) from the statistics (N, 4 + width), 0 where left out."""
+    found = divergence.value(stats[:, 4:], stats[:, 3]) + _nothing(stats)
+    return found if keep is None else torch.where(keep, found, 0.0)
 
 
 def _finish(sink: Sink, rows: Rows, slabs: list[Span]) -> list[Tensor]:
