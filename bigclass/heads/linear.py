@@ -13,6 +13,7 @@ from types import MethodType
 from typing import Any, TypeGuard
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -153,7 +154,11 @@ class LinearHead(nn.Linear):
         """What a forward without targets returns."""
         if not self.streams:
             return self.logits(features)
-        return lazy_logits(features, self.weight, self.bias, self.maps, self.engine, grad_filter=self.grad_filter, group=self.group)
+        made = lazy_logits(features, self.weight, self.bias, self.maps, self.engine, grad_filter=self.grad_filter, group=self.group)
+        # DeepSpeed's ZeRO-3 gathers a module's weight for its backward when the gradient of a tensor that it returned arrives. It looks
+        # into lists and dictionaries for such tensors, not into pytrees: its own mark is put on those of lazy logits here.
+        mark = getattr(self, "pre_bwd_fn", None)
+        return made if mark is None else pytree.tree_map_only(Tensor, mark.apply, made)
 
     @property
     def maps(self) -> tuple[Map, ...]:

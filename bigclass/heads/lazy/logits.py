@@ -133,7 +133,8 @@ class LazyLogits(Axes):
         if any(_is_gone(w) for _, w in self.stream.pairs):
             raise RuntimeError(
                 "bigclass: the weight of these lazy logits is gone: FSDP2 resharded it after the head's forward. Give the head its "
-                "targets, head(features, target), or let it belong to the root's group (no fully_shard of the head alone)"
+                "targets, head(features, target), or let it belong to the root's group (no fully_shard of the head alone, or "
+                "with reshard_after_forward=False)"
             )
         if self.versions is None:
             return
