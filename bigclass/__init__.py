@@ -19,6 +19,7 @@ from bigclass.heads import (
     cosine_temperature,
 )
 from bigclass.heads.criteria import convert_criterion
+from bigclass.heads.sharding import class_parallel, shard_classes
 from bigclass.integrations import convert_head, restore_head
 from bigclass.losses.contrastive import contrastive_loss, sigmoid_contrastive_loss
 from bigclass.losses.cross_entropy import linear_cross_entropy, linear_poly_cross_entropy
@@ -39,6 +40,8 @@ from bigclass.losses.multilabel import (
 from bigclass.losses.positives import pad_positives
 from bigclass.losses.softmax import Stats
 from bigclass.losses.targets import SparseTarget
+from bigclass.memory_plan import MemoryPlan, largest_class_count, longest_sequence, plan_memory
+from bigclass.mini_sequence import mini_sequence, restore_mini_sequence
 from bigclass.parallel.layer import Spread
 
 __version__ = "0.1.0"
@@ -54,6 +57,7 @@ __all__ = [
     "LazyLogits",
     "LogitsWarning",
     "MarginHead",
+    "MemoryPlan",
     "MultiLabelHead",
     "Plan",
     "SparseTarget",
@@ -61,11 +65,13 @@ __all__ = [
     "Stats",
     "TopClasses",
     "cached_step",
+    "class_parallel",
     "contrastive_loss",
     "convert_criterion",
     "convert_head",
     "cosine_temperature",
     "explain",
+    "largest_class_count",
     "linear_asymmetric_loss",
     "linear_binary_cross_entropy",
     "linear_cross_entropy",
@@ -82,12 +88,17 @@ __all__ = [
     "linear_topk",
     "linear_topk_kl_div",
     "linear_zlpr_loss",
+    "longest_sequence",
     "metrics",
+    "mini_sequence",
     "optim",
     "pad_positives",
+    "plan_memory",
     "planning",
     "register_elementwise_loss",
     "restore_head",
+    "restore_mini_sequence",
+    "shard_classes",
     "sigmoid_contrastive_loss",
     "triton_form",
 ]

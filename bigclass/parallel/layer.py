@@ -263,7 +263,7 @@ def _local_input(input: Any, classes: Ranks | None) -> tuple[Tensor, int | None]
             continue
         if p.dim == input.dim() - 1:
             raise ArgumentError(
-                f"input: its features are sharded, placements {tuple(places)}; redistribute it to Replicate() or to its rows"
+                f"input: expected whole features on each rank, got placements {tuple(places)}; redistribute it"
             )
         here = Ranks.of(mesh.get_group(i))
         if classes is not None and here is not None and here.name == classes.name:
