@@ -38,6 +38,7 @@ from bigclass.losses.multilabel import (
     linear_zlpr_loss,
 )
 from bigclass.losses.positives import pad_positives
+from bigclass.losses.sampling import ClassSampling
 from bigclass.losses.softmax import Stats
 from bigclass.losses.targets import SparseTarget
 from bigclass.memory_plan import MemoryPlan, largest_class_count, longest_sequence, plan_memory
@@ -50,6 +51,7 @@ __all__ = [
     "ArgumentError",
     "ArgumentTypeError",
     "CCEHead",
+    "ClassSampling",
     "ContrastiveHead",
     "ElementwiseLoss",
     "GradAccumulator",

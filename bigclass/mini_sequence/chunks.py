@@ -1,0 +1,189 @@
+"""The loop over chunks, and the class that puts it into a module.
+
+A converted module changes its class for one made from its own, in which one method (its forward, or the token-wise method of a larger
+layer) runs chunk by chunk. So parameters, names, hooks and state_dict keys stay, and hooks of the module still run once a call, around the
+whole loop: FSDP gathers and frees its parameters once, not once a chunk.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from bigclass.core.errors import ArgumentError, ArgumentTypeError
+from bigclass.heads.linear import change_class
+from bigclass.mini_sequence.wide import widened
+from bigclass.parallel.groups import Ranks
+
+_SETTINGS = "_mini_sequence"  # of an instance: how to chunk it
+_BASE, _METHOD = "_mini_sequence_base", "_mini_sequence_method"  # of a made class: what it was made from
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """How a module is chunked."""
+
+    tokens: int  # at most so many in a chunk
+    fp32_gradients: bool = False  # sum weights' gradients over chunks in fp32, and round once
+    ranks: Ranks | None = None  # run as many chunks as the rank that has the most
+
+
+# --- putting it in, taking it out
+
+
+@functools.cache
+def _chunked_class(base: type, method: str) -> type:
+    """A class like `base` whose method runs in chunks. Its name is that of base, for what looks layers up by it (FSDP policies, hooks)."""
+    whole = getattr(base, method)
+
+    @functools.wraps(whole)
+    def in_chunks(self, *args, **kwargs):
+        return run(self, MethodType(whole, self), args, kwargs)
+
+    def reduced(self, protocol):
+        # The made class cannot be found by its name: what is stored is what it was made from.
+        _, _, *state = super(made, self).__reduce_ex__(max(protocol, 2))
+        return _remade, (base, method), *state
+
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    made = type(base.__name__, (base,), {**names, method: in_chunks, "__reduce_ex__": reduced, _BASE: base, _METHOD: method})
+    return made
+
+
+def _remade(base: type, method: str) -> Any:
+    cls: Any = _chunked_class(base, method)
+    return cls.__new__(cls)
+
+
+def settings(module: nn.Module) -> Chunks | None:
+    """How this module is chunked; None if it is not."""
+    return module.__dict__.get(_SETTINGS)
+
+
+def check_own_forward(module: nn.Module, method: str) -> str | None:
+    """Why a change of class would not reach this method, or None. (accelerate's hooks keep the one they replace, which can be changed.)"""
+    if method in module.__dict__ and not (method == "forward" and getattr(module.__dict__.get("_old_forward"), "__self__", None) is module):
+        return f"its {method} was assigned on the module itself, which changing its class would not change; convert it before that"
+    return None
+
+
+def chunk(module: nn.Module, method: str, how: Chunks) -> None:
+    """Run this method in chunks from now on; of a module that does already, change how."""
+    if not hasattr(type(module), _BASE):  # else it has been, perhaps below a class that another library made from it since
+        change_class(module, _chunked_class(type(module), method))
+    module.__dict__[_SETTINGS] = how
+
+
+def unchunk(module: nn.Module) -> None:
+    """Undo `chunk`. Where another library has made its class from ours since (FSDP2) that stays, and does nothing."""
+    if module.__dict__.pop(_SETTINGS, None) is not None and _BASE in type(module).__dict__:
+        change_class(module, getattr(type(module), _BASE))
+
+
+# --- running it
+
+
+def run(module: nn.Module, whole: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """whole(*args, **kwargs), chunk by chunk, each with a checkpoint of its own."""
+    how = settings(module)
+    tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+    if how is None or not tensors or tensors[0].ndim < 2:
+        return whole(*args, **kwargs)
+    keep = torch.is_grad_enabled() and (any(t.requires_grad for t in tensors) or any(p.requires_grad for p in module.parameters()))
+    # Without a graph nothing is kept and there is nothing to save. But a no_grad forward may be one that is made again with a graph
+    # (reentrant checkpoints, gradient caches): its dropout masks must be drawn alike.
+    if not keep and not (module.training and _draws(module)):
+        return whole(*args, **kwargs)
+    lead = tensors[0].shape[:-1]
+    if any(t.shape[:-1] != lead for t in tensors):
+        raise ArgumentError(
+            f"{type(module).__name__}: expected tensors with the same token axes, got shapes {[tuple(t.shape) for t in tensors]}; leave "
+            "this module out of mini_sequence (modules=[...] names those to convert)"
+        )
+    _check_sharding(module, how)
+    sizes = _sizes(tensors[0], how)
+    if len(sizes) == 1:
+        return whole(*args, **kwargs)
+    flat = (1,) * (len(lead) - 1) + (sum(sizes), -1)  # as many axes as before: the module may count on them
+    # One split: its gradient is one concatenation. Slices would each make a gradient of full size.
+    parts = [t.reshape(*flat[:-1], t.shape[-1]).split(sizes, dim=-2) for t in tensors]
+    wide = widened(module, tensors[0].device) if how.fp32_gradients and keep else None
+    device = tensors[0].device.type
+
+    def piece(*own: Tensor) -> Tensor:
+        given = iter(own)
+        a = [next(given) if isinstance(t, Tensor) else t for t in args]
+        k = {name: next(given) if isinstance(t, Tensor) else t for name, t in kwargs.items()}
+        with _fresh_casts(device), nullcontext() if wide is None else wide.reading():
+            out = whole(*a, **k)
+        if not isinstance(out, Tensor) or out.shape[:-1] != own[0].shape[:-1]:
+            got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise ArgumentTypeError(
+                f"{type(module).__name__}: expected one tensor with a row for each of the tokens {tuple(own[0].shape)}, got {got}; leave "
+                "this module out of mini_sequence (modules=[...] names those to convert)"
+            )
+        return out
+
+    outs = [checkpoint(piece, *own, use_reentrant=False) if keep else piece(*own) for own in zip(*parts, strict=True)]
+    joined = torch.cat(outs, dim=-2)
+    return joined.reshape(*lead, joined.shape[-1])
+
+
+def _sizes(x: Tensor, how: Chunks) -> list[int]:
+    """How many tokens of x (..., D) each chunk has: nearly equal, so that the largest, which makes the peak, is small."""
+    rows = most = math.prod(x.shape[:-1])
+    if how.ranks is not None:
+        from bigclass.parallel.collectives import row_counts
+
+        most = max(row_counts((x.detach().reshape(rows, x.shape[-1]),), how.ranks)[0])
+    count = max(1, -(-most // how.tokens))
+    return [rows // count + (i < rows % count) for i in range(count)]
+
+
+def _check_sharding(module: nn.Module, how: Chunks) -> None:
+    """Raise where parts gather their parameters once a chunk and nothing makes ranks agree on chunks: the first uneven batch would hang."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    # by their names: importing torch's takes a while, and who has one has imported it
+    parts = next((name for name, p in module.named_parameters() if type(p).__name__ == "DTensor" or hasattr(p, "ds_id")), None)
+    if parts is None:
+        return
+    if how.fp32_gradients:
+        raise ArgumentError(
+            f"fp32_gradients: expected whole parameters inside {type(module).__name__}, got {parts!r} sharded; shard the module or its block "
+            "as a whole (fully_shard(block)), or leave it out"
+        )
+    gathers = any(hasattr(p, "ds_id") for p in module.parameters())
+    gathers = gathers or any(cls.__name__ == "FSDPModule" for part in module.modules() if part is not module for cls in type(part).__mro__)
+    if gathers and how.ranks is None:
+        raise ArgumentError(
+            f"group: {type(module).__name__} has parts that gather their own parameters ({parts!r}), once a chunk; give mini_sequence "
+            "group=torch.distributed.group.WORLD (the ranks that share them) so that all run as many chunks, or shard the module as a whole"
+        )
+
+
+def _fresh_casts(device: str) -> AbstractContextManager[Any]:
+    """Under autocast: without its cache, in which all chunks would share a weight's half-precision copy, and sum their gradients in it."""
+    if not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, dtype=torch.get_autocast_dtype(device), cache_enabled=False)
+
+
+def _draws(module: nn.Module) -> bool:
+    """May this module draw random numbers in training? By its dropouts, and by numbers that are called so."""
+    for part in module.modules():
+        dropout = isinstance(part, nn.modules.dropout._DropoutNd) or "dropout" in type(part).__name__.lower()
+        for name, value in vars(part).items():
+            if isinstance(value, float) and value > 0 and ("drop" in name or (dropout and name == "p")):
+                return True
+    return False
