@@ -12,6 +12,7 @@ import bigclass
 from tests.support import error
 
 C, D, N = 301, 16, 12  # classes that divide by no number of ranks here; rows that divide by 1, 2 and 3
+V = 211  # tokens of the language model
 HEADS = ("cce", "multilabel", "margin")
 
 
@@ -56,6 +57,23 @@ def build(*kinds: str, dtype: torch.dtype = torch.float64) -> tuple[Net, Tensor,
     x = torch.randn(N, D, dtype=torch.float64).to(dtype)
     labels, positives = torch.randint(C, (N,)), torch.randint(C, (N, 3))
     return net, x, {"cce": labels, "multilabel": positives, "margin": labels}
+
+
+def llama(tied: bool, kv_heads: int = 1) -> Any:
+    """transformers' language model, tiny, in float64."""
+    import transformers
+
+    torch.manual_seed(3)
+    config = transformers.LlamaConfig(
+        vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=kv_heads,
+        max_position_embeddings=32, tie_word_embeddings=tied, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).double().train()
+
+
+def texts() -> Tensor:
+    """(2, 12) tokens."""
+    return torch.randint(V, (2, 12), generator=torch.Generator().manual_seed(1))
 
 
 def part(t: Any, rank: int, world: int) -> Any:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import bigclass
-from tests.parallel.engine_support import N, build, gradients, loss_of, moved, pairs, part, whole, worst
+from tests.parallel.engine_support import N, build, gradients, llama, loss_of, moved, pairs, part, texts, whole, worst
 from tests.ranks import run_ranks
 from tests.support import error
 
@@ -161,21 +161,6 @@ def test_in_bf16_streamed_gradients_are_no_less_exact_than_dense_ones(ranks):
 # --- a language model of transformers
 
 LM_MODES = ("root", "blocks", "blocks tied", "head apart", "head apart, kept gathered")
-
-
-def llama(tied: bool) -> Any:
-    import transformers
-
-    torch.manual_seed(3)
-    config = transformers.LlamaConfig(
-        vocab_size=211, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        max_position_embeddings=32, tie_word_embeddings=tied, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).double().train()
-
-
-def texts() -> Tensor:
-    return torch.randint(211, (2, 12), generator=torch.Generator().manual_seed(1))
 
 
 def lm_gradients(rank: int, world: int) -> dict[str, Any]:
