@@ -28,6 +28,7 @@ from bigclass.losses.cross_entropy import cross_entropy, linear_cross_entropy
 from bigclass.losses.inputs import check_smoothing, check_tensor, filter_of
 from bigclass.losses.log_prob import linear_log_prob, linear_sequence_log_prob, linear_topk
 from bigclass.losses.multi_token import linear_multi_token_cross_entropy
+from bigclass.losses.sampling import ClassSampling
 from bigclass.losses.targets import SparseTarget
 from bigclass.parallel.layer import Spread
 
@@ -200,6 +201,8 @@ class LinearHead(nn.Linear):
             "ignore_index": self.ignore_index if index else None,
         }  # fmt: skip
         if isinstance(features, LazyLogits):
+            if options.pop("sample", None) is not None:
+                raise ArgumentError("sample: is taken with the features, not with lazy logits; call head(features, target, sample=...)")
             return cross_entropy(features.stream, features.lead, target, **options)
         return linear_cross_entropy(
             features, self.weight, target, linear_bias=self.bias, softcap=self.softcap, logit_scale=self.logit_scale,
@@ -260,12 +263,14 @@ class CCEHead(LinearHead):
         reduction: str = "mean",
         return_stats: bool = False,
         update: SlabUpdate | None = None,
+        sample: ClassSampling | None = None,
     ):  # type: ignore[override]
         """Logits (..., C) without a target (lazy in training); with one ((...) indices, (..., C) probabilities or a `SparseTarget`)
-        the loss of `linear_cross_entropy`, whose options these are (update: the weight's gradient, handed on slab by slab)."""
+        the loss of `linear_cross_entropy`, whose options these are (update: the weight's gradient, handed on slab by slab;
+        sample: a share of the classes)."""
         if target is None:
             return self._output(features)
-        return self._loss(features, target, weight=weight, reduction=reduction, return_stats=return_stats, update=update)
+        return self._loss(features, target, weight=weight, reduction=reduction, return_stats=return_stats, update=update, sample=sample)
 
 
 class LMHead(LinearHead):

@@ -17,6 +17,7 @@ from bigclass.core.updates import SlabUpdate
 from bigclass.losses.inputs import check_tensor, filter_of, open_layer
 from bigclass.losses.margin import KINDS, Cosines, Margin, MarginValue, check_layer, cosine_stream, linear_margin_loss
 from bigclass.losses.margin_folds import GroupedTopK
+from bigclass.losses.sampling import ClassSampling
 from bigclass.parallel.classes import reduce_logits
 from bigclass.parallel.layer import Layer, Spread, layer_of
 
@@ -100,8 +101,9 @@ class MarginHead(nn.Module):
             buffer.fill_({"batch_mean": 20.0, "batch_std": 100.0, "t": 0.0}[name])
 
     def forward(
-        self, features: Tensor, target: Tensor | None = None, *, reduction: str = "mean", update: SlabUpdate | None = None
-    ) -> Tensor:
+        self, features: Tensor, target: Tensor | None = None, *, reduction: str = "mean", update: SlabUpdate | None = None,
+        sample: ClassSampling | None = None,
+    ) -> Tensor:  # fmt: skip
         """Without a target logits (..., C); with one, class indices (...), the loss of `linear_margin_loss`, whose options these are."""
         if target is None:
             return self.logits(features)
@@ -109,21 +111,22 @@ class MarginHead(nn.Module):
         if self.kind in ADAPTIVE:
             layer = layer_of(features, self.weight, None, self.group)
             make = self._curricular if self.kind == "curricular" else self._adaface
-            loss = make(layer, layer.gather(target), reduction, update)
+            loss = make(layer, layer.gather(target), reduction, update, sample)
             return layer.own(loss) if reduction == "none" else loss
         return linear_margin_loss(
             features, self.weight, target, kind=self.kind, margin=self.margin, logit_scale=self.scale, subcenters=self.subcenters,
             beyond_pi=self.beyond_pi, gradient=self.gradient, reduction=reduction, ignore_index=self.ignore_index,
             grad_filter=self.grad_filter, update=update, engine=self.engine, group=self.group,
+            sample=sample,
         )  # fmt: skip
 
-    def _cosines(self, layer: Layer, target: Tensor) -> Cosines:
-        return Cosines.of(layer, target, self.scale, self.subcenters, self.ignore_index, self.grad_filter)
+    def _cosines(self, layer: Layer, target: Tensor, sample: ClassSampling | None) -> Cosines:
+        return Cosines.of(layer, target, self.scale, self.subcenters, self.ignore_index, self.grad_filter, sample)
 
-    def _adaface(self, layer: Layer, target: Tensor, reduction: str, update: SlabUpdate | None) -> Tensor:
+    def _adaface(self, layer: Layer, target: Tensor, reduction: str, update: SlabUpdate | None, sample: ClassSampling | None) -> Tensor:
         margin = Margin.of("combined", self._adaptive(layer, target), "clip", self.gradient, target)
         # its margins, NaN where lengths are, are not the user's
-        return self._cosines(layer, target).loss(margin, None, reduction, self.engine, update)
+        return self._cosines(layer, target, sample).loss(margin, None, reduction, self.engine, update)
 
     def _adaptive(self, layer: Layer, target: Tensor) -> tuple[float, Tensor, Tensor]:
         """(m1, m2, m3) of AdaFace, (1, -margin z, margin + margin z), one z for each row."""
@@ -145,9 +148,9 @@ class MarginHead(nn.Module):
             z = ((length - self.batch_mean) / (self.batch_std + 1e-3) * self.h).clamp(-1.0, 1.0)
             return 1.0, -self.margin * z, self.margin + self.margin * z
 
-    def _curricular(self, layer: Layer, target: Tensor, reduction: str, update: SlabUpdate | None) -> Tensor:
+    def _curricular(self, layer: Layer, target: Tensor, reduction: str, update: SlabUpdate | None, sample: ClassSampling | None) -> Tensor:
         margin = Margin.of("arcface", self.margin, self.beyond_pi, self.gradient)
-        cosines = self._cosines(layer, target)
+        cosines = self._cosines(layer, target, sample)
         if self.training:
             cos, keep = cosines.target, cosines.keep
             count = torch.ones_like(cos).sum() if keep is None else keep.sum()

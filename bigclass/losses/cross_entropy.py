@@ -15,8 +15,9 @@ from bigclass.core.errors import ArgumentError, ArgumentTypeError
 from bigclass.core.plan import Work, choose_engine
 from bigclass.core.stream import Stream
 from bigclass.core.updates import SlabUpdate
-from bigclass.losses.inputs import check_index, check_smoothing, check_tensor, make_stream, open_layer, shifted
+from bigclass.losses.inputs import check_index, check_range, check_smoothing, check_tensor, kept_rows, make_stream, open_layer, shifted
 from bigclass.losses.lora import Adapters, adapter_pairs
+from bigclass.losses.sampling import ClassSampling, sampled
 from bigclass.losses.softmax import Options, Stats, Task, finish
 from bigclass.losses.targets import SparseTarget
 from bigclass.parallel.layer import Layer
@@ -44,6 +45,7 @@ def linear_cross_entropy(
     engine: str = "auto",
     return_stats: bool = False,
     group: Any = None,
+    sample: ClassSampling | None = None,
 ) -> Tensor | tuple[Tensor, Stats]:
     r"""Cross-entropy of `softcap(logit_scale * (input @ linear_weight.T + linear_bias))` against target, without the N x C logits.
 
@@ -90,6 +92,8 @@ def linear_cross_entropy(
             its shard, and of what all ranks hold (with rows that are spread: exact once they are combined as `Spread.gradients` says).
             weight, pos_weight and (N, C) targets are those of all classes. Not with lora, update or a K-dimensional weight. An
             error that one rank alone has (a target out of range) leaves the others waiting, as in any collective.
+        sample: a `ClassSampling`: a share of the classes for this step, the targets among them, and a gradient of their rows alone. Of
+            class indices; not with softcap, lora, label_smoothing, class weights, update, or a logit_scale that learns. None: all classes.
 
     Returns:
         The loss, fp32 (float64 for float64 inputs): a scalar, or for reduction "none" the shape of index targets.
@@ -124,6 +128,15 @@ def linear_cross_entropy(
         loss = arguments.run_small(input, linear_weight, linear_bias, target)
         if loss is not None:
             return loss
+    if sample is not None:
+        given = (softcap, lora, weight, update, label_smoothing or None, logit_scale if isinstance(logit_scale, Tensor) else None)
+        if positions or probabilities or any([a is not None for a in given]):
+            raise ArgumentError(
+                "sample: is for class indices and a weight (C, D), without softcap, lora, weight, update, label_smoothing and with a "
+                "number for logit_scale; leave these out, or sample=None"
+            )
+        loss = _sampled(layer, target, sample, logit_scale, grad_filter, arguments)
+        return own_rows(layer, loss, reduction)
     if positions:
         if shift or isinstance(target, SparseTarget):
             raise ArgumentError(f"{'shift' if shift else 'SparseTarget'}: is not defined for a K-dimensional loss")
@@ -307,6 +320,21 @@ class Arguments:
         target, cut = shifted("target", target, self.shift, self.options.ignore_index)
         out: Any = finish([Task(stream, target.reshape(-1), self.options)], lead, self.reduction, self.return_stats)
         return out if cut is None else _cut(out, cut, self.reduction, self.return_stats)
+
+
+def _sampled(layer: Layer, target: Any, sample: ClassSampling, logit_scale: Any, grad_filter: float | None, arguments: Arguments) -> Any:
+    """The loss over a share of the classes."""
+    ignored, lead = arguments.options.ignore_index, layer.input.shape[:-1]
+    target, cut = shifted("target", target, arguments.shift, ignored)
+    y = target.reshape(-1)
+    keep = kept_rows(y, ignored)
+    check_range("target", y, keep, layer.classes)
+    found = sampled(layer, y, keep, sample)
+    x, w, b = found.layer.operands
+    move = found.shift.to(torch.promote_types(w.dtype, torch.float32)) / (1.0 if logit_scale is None else logit_scale)
+    stream = make_stream(x, w, move if b is None else b + move, None, logit_scale, grad_filter=grad_filter, layer=found.layer)
+    out = replace(arguments, shift=0).run(stream, lead, found.target.reshape(lead))
+    return out if cut is None else _cut(out, cut, arguments.reduction, arguments.return_stats)
 
 
 def _is_small(input: Tensor, linear_weight: Tensor, target: Tensor, ignore_index: int | None) -> bool:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ from bigclass.core.updates import SlabUpdate
 from bigclass.losses.cross_entropy import REDUCTIONS
 from bigclass.losses.inputs import check_index, check_linear, check_range, filter_of, in_autocast, kept_picks, kept_rows
 from bigclass.losses.margin_folds import CurricularLogSumExp, GroupedLogSumExp
+from bigclass.losses.sampling import ClassSampling, sampled
 from bigclass.parallel.classes import observed_loss, over_batch, reduce_logits, whole_batch
 from bigclass.parallel.collectives import sum_over
 from bigclass.parallel.layer import Layer, layer_of
@@ -67,6 +68,7 @@ def linear_margin_loss(
     update: SlabUpdate | None = None,
     engine: str = "auto",
     group: Any = None,
+    sample: ClassSampling | None = None,
 ) -> Tensor:
     r"""Margin softmax: cross-entropy of `logit_scale * cos(input, linear_weight)`, of the target f(cos), without the N x C logits.
 
@@ -95,6 +97,7 @@ def linear_margin_loss(
         reduction: "mean" (over kept rows), "sum" or "none". ignore_index: rows with it contribute exactly nothing; None: -100.
         update: takes the weight's gradient slab by slab in the backward, as in `linear_binary_cross_entropy`: no C x D gradient.
         group: as in `linear_cross_entropy`; with sub-centres shards are of whole classes. Margins of rows go with the rows.
+        sample: a `ClassSampling`: a share of the classes for this step, as in Partial FC. None: all.
         grad_filter, engine: as in `linear_cross_entropy`. A class that a block of rows leaves out gets from them its part of the
             mean alone, through its norm, too.
 
@@ -119,7 +122,7 @@ def linear_margin_loss(
     layer = layer_of(input, linear_weight, None, group)
     target = layer.gather(target)
     chosen = Margin.of(kind, gathered_margin(layer, margin), beyond_pi, gradient, target)
-    cosines = Cosines.of(layer, target, logit_scale, subcenters, ignore_index, grad_filter)
+    cosines = Cosines.of(layer, target, logit_scale, subcenters, ignore_index, grad_filter, sample)
     chosen.check_rows(cosines.keep)
     loss = cosines.loss(chosen, curriculum, reduction, engine, update)
     return layer.own(loss) if reduction == "none" else loss
@@ -257,8 +260,9 @@ class Cosines:
 
     @classmethod
     def of(
-        cls, layer: Layer, target: Tensor, scale: float, subcenters: int, ignore_index: int | None, grad_filter: float | None = None
-    ) -> Cosines:
+        cls, layer: Layer, target: Tensor, scale: float, subcenters: int, ignore_index: int | None, grad_filter: float | None = None,
+        sample: ClassSampling | None = None,
+    ) -> Cosines:  # fmt: skip
         """Check and normalise what `linear_margin_loss` was given."""
         input, w, shards = layer.input, layer.weight, None if layer.layout is None else layer.layout.classes
         check_layer(layer, scale, subcenters)
@@ -269,6 +273,11 @@ class Cosines:
         y, classes = target.reshape(-1).long(), layer.classes // subcenters
         keep = kept_rows(y, ignored)
         check_range("target", y, keep, classes)
+        shift = None
+        if sample is not None:
+            found = sampled(layer, y, keep, sample, subcenters)
+            layer, y, shift = found.layer, found.target, found.shift
+            w, shards, classes = layer.weight, None if layer.layout is None else layer.layout.classes, layer.classes // subcenters
         if torch.compiler.is_compiling():  # the loss's own op would speak of the rows of w, where there are sub-centres
             y = checked_in_graph(kept_picks(y, keep, classes), classes).squeeze(-1)
         centres = torch.where(y < 0, classes, y).unsqueeze(-1) * subcenters + torch.arange(subcenters, device=y.device)
@@ -286,7 +295,10 @@ class Cosines:
                 cosines = sum_over(torch.where(here >= 0, cosines, 0.0), shards.ranks)
             best, at = cosines.max(1, keepdim=True)
         nearest = torch.zeros_like(cosines).scatter(1, at, 1.0)
-        return cls(cosine_stream(layer, x, scale, grad_filter), picks, keep, best.squeeze(1), nearest, target.shape, float(scale))
+        stream = cosine_stream(layer, x, scale, grad_filter)
+        if shift is not None:
+            stream = replace(stream, bias=shift.to(stream.accumulate_dtype), bias_last=True)
+        return cls(stream, picks, keep, best.squeeze(1), nearest, target.shape, float(scale))
 
     def loss(
         self, margin: Margin, curriculum: float | Tensor | None, reduction: str, engine: str, update: SlabUpdate | None = None
