@@ -72,7 +72,7 @@ def counts_of(own: Sequence[int], alike: dict[str, int], tensors: Sequence[Tenso
         return [[n] * ranks.size for n in own]
     told = _told([*own, *alike.values(), *[_kind(t) for t in tensors]], device, ranks)
     checked: dict[str, list[Any]] = {name: [row[len(own) + i] for row in told] for i, name in enumerate(alike)}
-    checked |= {f"dtypes ({i})": [_KINDS[row[i - len(tensors)]] for row in told] for i in range(len(tensors))}
+    checked |= {f"dtypes of tensor {i + 1}": [str(_KINDS[row[i - len(tensors)]]) for row in told] for i in range(len(tensors))}
     for name, values in checked.items():
         if len(set(values)) > 1:
             raise ArgumentError(f"group: expected the same on all ranks, got {name} {values}")
