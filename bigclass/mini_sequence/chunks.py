@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any
 
 import torch
@@ -48,7 +47,7 @@ def _chunked_class(base: type, method: str) -> type:
 
     @functools.wraps(whole)
     def in_chunks(self, *args, **kwargs):
-        return run(self, MethodType(whole, self), args, kwargs)
+        return run(self, functools.partial(whole, self), args, kwargs)  # a bound method made here would not compile
 
     def reduced(self, protocol):
         # The made class cannot be found by its name: what is stored is what it was made from.
@@ -117,14 +116,17 @@ def run(module: nn.Module, whole: Callable[..., Any], args: tuple[Any, ...], kwa
     flat = (1,) * (len(lead) - 1) + (sum(sizes), -1)  # as many axes as before: the module may count on them
     # One split: its gradient is one concatenation. Slices would each make a gradient of full size.
     parts = [t.reshape(*flat[:-1], t.shape[-1]).split(sizes, dim=-2) for t in tensors]
-    wide = widened(module, tensors[0].device) if how.fp32_gradients and keep else None
     device = tensors[0].device.type
+    wide = widened(module, device) if how.fp32_gradients and keep else None
+    # To be entered by each chunk, since recomputing enters it again. A traced chunk must not enter it, and is not made again.
+    reading = nullcontext if wide is None else wide.reading
+    around, inside = (reading, nullcontext) if torch.compiler.is_compiling() else (nullcontext, reading)
 
     def piece(*own: Tensor) -> Tensor:
         given = iter(own)
         a = [next(given) if isinstance(t, Tensor) else t for t in args]
         k = {name: next(given) if isinstance(t, Tensor) else t for name, t in kwargs.items()}
-        with _fresh_casts(device), nullcontext() if wide is None else wide.reading():
+        with _fresh_casts(device), inside():
             out = whole(*a, **k)
         if not isinstance(out, Tensor) or out.shape[:-1] != own[0].shape[:-1]:
             got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
@@ -134,7 +136,8 @@ def run(module: nn.Module, whole: Callable[..., Any], args: tuple[Any, ...], kwa
             )
         return out
 
-    outs = [checkpoint(piece, *own, use_reentrant=False) if keep else piece(*own) for own in zip(*parts, strict=True)]
+    with around():
+        outs = [checkpoint(piece, *own, use_reentrant=False) if keep else piece(*own) for own in zip(*parts, strict=True)]
     joined = torch.cat(outs, dim=-2)
     return joined.reshape(*lead, joined.shape[-1])
 
@@ -160,8 +163,8 @@ def _check_sharding(module: nn.Module, how: Chunks) -> None:
         return
     if how.fp32_gradients:
         raise ArgumentError(
-            f"fp32_gradients: expected whole parameters inside {type(module).__name__}, got {parts!r} sharded; shard the module or its block "
-            "as a whole (fully_shard(block)), or leave it out"
+            f"fp32_gradients: expected whole parameters inside {type(module).__name__}, got {parts!r} sharded; shard the module or its "
+            "block as a whole (fully_shard(block)), or leave it out"
         )
     gathers = any(hasattr(p, "ds_id") for p in module.parameters())
     gathers = gathers or any(cls.__name__ == "FSDPModule" for part in module.modules() if part is not module for cls in type(part).__mro__)

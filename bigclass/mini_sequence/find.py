@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +36,7 @@ _MIXES = re.compile(
     re.IGNORECASE,
 )
 _MIXES_AS_A_WHOLE = re.compile(r"attention|experts?$|moe$|router", re.IGNORECASE)
-_CALLED_SO = re.compile(r"mlp|feed_?forward|ffn|glu|denseact|densegated|moe", re.IGNORECASE)
+_CALLED_SO = re.compile(r"mlp|feed_?forward|ffn|glu|denseact|densegated|moe(block|layer)?$", re.IGNORECASE)
 _NORM = re.compile(r"norm|affine", re.IGNORECASE)
 _TOKENS = re.compile(r"token", re.IGNORECASE)
 _ROWS = 5  # of the trial
@@ -65,14 +67,14 @@ def find(model: nn.Module) -> list[Target]:
         reason = tried.reason(target, parent) if target.method != "forward" or _is_mlp(target.module) else _other(target.module)
         if reason is None:
             found.append(target)
-        else:
+        elif not re.search(r"attention|norm$", type(target.module).__name__, re.IGNORECASE):
             reasons.setdefault(f"{type(target.module).__name__}: {reason}", target.name)
     if not found:
-        seen = "; ".join(f"{name} ({reason})" for reason, name in list(reasons.items())[:5])
+        seen = "; ".join(f"{name} ({reason})" for reason, name in list(reasons.items())[:4])
         raise ArgumentError(
-            "model: expected a model with token-wise modules of their own (MLPs of one input, between layers of one width), found none"
-            + (f". Looked at {seen}" if seen else "")
-            + ". Name them, mini_sequence(model, n, modules=['layers.0.mlp', ...]), or make the feed-forward part of a layer a module"
+            "model: expected a model with token-wise modules (MLPs) in layers with norms of the same width, found none"
+            + (f". Looked at {seen}" if seen else "; some layers (OPT, BART) have their two linear layers in their own forward")
+            + ". Make the feed-forward part of a layer a module, or name those to convert: modules=['layers.0.mlp', ...]"
         )
     return found
 
@@ -114,11 +116,21 @@ def _candidates(model: nn.Module) -> Iterator[tuple[Target, nn.Module | None]]:
     for parent_name, parent in model.named_modules():
         if (method := _method(parent)) is not None:
             yield Target(parent_name, parent, method), None
-        if not _widths(parent):
+        children = list(_children(parent))
+        if not any(_is_norm(child) for _, child in children):
             continue  # no layer of a residual stream: projections, heads, position biases
-        for name, module in parent.named_children():
-            if not isinstance(module, nn.ModuleList) and (_is_mlp(module) or _CALLED_SO.search(f"{name} {type(module).__name__}")):
+        for name, module in children:
+            if _is_mlp(module) or _CALLED_SO.search(name) or _CALLED_SO.search(type(module).__name__):
                 yield Target(f"{parent_name}.{name}" if parent_name else name, module), parent
+
+
+def _children(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The children, and those in lists, which only hold them."""
+    for name, child in layer.named_children():
+        if isinstance(child, nn.ModuleList):
+            yield from ((f"{name}.{index}", element) for index, element in enumerate(child))
+        else:
+            yield name, child
 
 
 def _method(layer: nn.Module) -> str | None:
@@ -163,8 +175,8 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _widths(layer: nn.Module) -> set[int]:
-    """Widths of the norms that stand in this layer itself."""
-    return {p.shape[-1] for child in layer.children() if _is_norm(child) for p in child.parameters(recurse=False) if p.ndim}
+    """Widths of the norms that stand in this layer itself, as far as they have weights."""
+    return {p.shape[-1] for _, child in _children(layer) if _is_norm(child) for p in child.parameters(recurse=False) if p.ndim}
 
 
 def _mixing(module: nn.Module) -> str | None:
@@ -248,17 +260,26 @@ def _trial(target: Target) -> str | None:
     generator = torch.Generator().manual_seed(0)  # its own: the caller's random numbers stay as they are
     count = _required(function)
     xs = [torch.randn(1, _ROWS, width, generator=generator).to(like.device, dtype) for _ in range(count)]
-    modes = {part: part.training for part in module.modules()}
     try:
-        module.eval()
-        with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
+        with _quiet(module), torch.no_grad(), torch.autocast(like.device.type, enabled=False):
             return _compared(function, xs)
     except Exception as error:
         line = str(error).splitlines()[0] if str(error) else ""
         return f"it could not be run on {count} x a tensor of shape (1, {_ROWS}, {width}): {type(error).__name__}: {line}"
+
+
+@contextmanager
+def _quiet(module: nn.Module) -> Iterator[None]:
+    """Evaluation, without the hooks that others have put in to watch a training."""
+    parts = list(module.modules())
+    before = [(part.training, part._forward_pre_hooks, part._forward_hooks) for part in parts]
+    try:
+        for part in parts:
+            part.training, part._forward_pre_hooks, part._forward_hooks = False, OrderedDict(), OrderedDict()
+        yield
     finally:
-        for part, mode in modes.items():
-            part.training = mode
+        for part, was in zip(parts, before, strict=True):
+            part.training, part._forward_pre_hooks, part._forward_hooks = was
 
 
 def _compared(function: Callable[..., Any], xs: list[Tensor]) -> str | None:

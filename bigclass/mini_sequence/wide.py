@@ -80,9 +80,9 @@ def _wide_product(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
-def widened(module: nn.Module, device: torch.device) -> Wide | None:
+def widened(module: nn.Module, device: str) -> Wide | None:
     """What reads this module's parameters with wide gradients; None where they are wide anyway."""
-    autocast = torch.is_autocast_enabled(device.type)
+    autocast = torch.is_autocast_enabled(device)
     weights = [p for p in module.parameters() if p.requires_grad and (p.dtype in _HALVES or (autocast and p.dtype == torch.float32))]
     return Wide(weights) if weights else None
 
