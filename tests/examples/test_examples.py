@@ -44,8 +44,8 @@ def environment() -> dict[str, str]:
 
 def test_every_example_has_its_test():
     assert EXAMPLES == [
-        "clip.py", "distill.py", "extreme_labels.py", "finetune.py", "frozen_features.py", "margin_verification.py", "preference.py",
-        "pretrain_fsdp2.py", "timm_patches.py",
+        "clip.py", "distill.py", "extreme_labels.py", "finetune.py", "frozen_features.py", "long_sequence.py", "margin_verification.py",
+        "million_identities.py", "preference.py", "pretrain_fsdp2.py", "timm_patches.py",
     ]  # fmt: skip
 
 
@@ -229,3 +229,17 @@ def test_distill_teaches_both_students(tmp_path):
     # all far below chance, which is the vocabulary's 2000; the teacher, which read more, is the best
     assert max(float(v) for v in found.values()) < 1000.0
     assert float(found["teacher"]) == min(float(v) for v in found.values())
+
+
+@pytest.mark.parametrize("rate", ("1.0", "0.2"))
+def test_a_head_over_two_ranks_tells_strangers_apart(tmp_path, rate):
+    if not torch.distributed.is_available():
+        pytest.skip("this torch has no torch.distributed")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options = ["--identities", "20001", "--steps", "30", "--batch", "64", "--rate", rate]
+    (printed,) = run_together([*launch, str(ROOT / "examples" / "million_identities.py"), *options], folder=tmp_path)
+    losses = [float(loss) for loss in re.findall(r"loss +([\d.]+)", printed)]
+    assert len(losses) == 5 and losses[-1] < losses[0]
+    before, after = (float(share) for share in re.findall(r"([\d.]+)%", printed))
+    assert after > before + 5.0
+    assert "20,001 identities on 2 ranks: 10,001 classes" in printed
