@@ -169,6 +169,37 @@ def test_a_streamed_head_of_its_own_is_as_planned(gradients, ignored):
     assert head.peak + head.idle + beside == pytest.approx(peak_bytes(prepare), rel=0.02)
 
 
+@pytest.mark.parametrize("update", ["step", "backward"])
+@pytest.mark.parametrize("head", ["dense", "streamed"])
+def test_a_head_alone_is_planned_with_its_optimizer(head, update):
+    """What `largest_class_count` searches over."""
+    if update == "backward" and head == "dense":
+        with pytest.raises(bigclass.ArgumentError, match="update: 'backward' takes a streamed head"):
+            largest_class_count(8, 8, 1e9, training=FP32, update=update)
+        return
+    n, c, d = 512, 20000, 128
+
+    def prepare():
+        x, w, y = torch.randn(n, d, requires_grad=True), nn.Parameter(torch.randn(c, d)), torch.randint(0, c, (n,))
+        slabs = bigclass.optim.SlabRowAdam([w], lr=0.01)
+        optimizer = slabs if update == "backward" else torch.optim.AdamW([w], foreach=False)
+
+        def step():
+            x.grad = None
+            with bigclass.planning(workspace=WORKSPACE):
+                if head == "dense":
+                    nn.functional.cross_entropy(nn.functional.linear(x, w), y).backward()
+                else:
+                    bigclass.linear_cross_entropy(x, w, y, update=slabs if update == "backward" else None).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    phases = head_phases(n, c, d, FP32.with_(head=head), in_backward=update == "backward", device="cpu")
+    assert max(phase.total for phase in phases) == pytest.approx(peak_bytes(prepare), rel=TOLERANCE)
+
+
 def test_a_module_that_is_only_counted_is_planned_with_what_its_rows_keep():
     rows, width, classes = 512, 64, 6000
 

@@ -71,18 +71,20 @@ def head_memory(
         kept = 4 * classes * features + dx
         backward = kept + (dw if g < 4 else 0)
         return HeadMemory(max((12 + (e if training.half else 0)) * chunk + kept, backward), kept)
-    plan = streamed_plan(
-        rows, classes, features, training, softcap=softcap, spread=spread, affine=in_backward, masked=masked, device=device
-    )
+    plan = streamed_plan(rows, classes, features, training, softcap=softcap, spread=spread or in_backward, masked=masked, device=device)
     if plan.engine == "dense":
         return HeadMemory(plan.workspace + dw + dx, 4 * size)
-    whole_rows = plan.gradients == "forward"
     idle = _idle(plan, classes) if device == "cpu" else 0
-    work = plan.workspace - idle + (_beside_tiles(plan, rows, features, training, masked) if plan.engine == "tiled" else 0)
-    if (whole_rows or plan.gradients == "slabs") and not in_backward:
+    forward = plan.workspace - idle
+    backward = forward + (_beside_tiles(plan, rows, features, training, masked) if plan.engine == "tiled" else 0)
+    if plan.gradients == "forward":
         wide = 4 * (classes + rows) * features
-        return HeadMemory(max(work + wide, wide + (dw + dx if training.half else 0)), wide, idle, plan)
-    return HeadMemory(work + dw + dx, 0, idle, plan)
+        return HeadMemory(max(backward + wide, wide + (dw + dx if training.half else 0)), wide, idle, plan)
+    if (
+        in_backward and training.half
+    ):  # five fp32 copies of a slab, as measured: its gradient as handed on, the weights, what an update takes
+        backward += 5 * 4 * plan.class_block * features
+    return HeadMemory(max(forward, backward + dw + dx), 0, idle, plan)
 
 
 def _idle(plan: Plan, classes: int) -> int:
@@ -104,13 +106,13 @@ def _beside_tiles(plan: Plan, rows: int, features: int, training: Training, mask
 
 
 def streamed_plan(
-    rows: int, classes: int, features: int, training: Training, *, softcap: bool = False, spread: bool = False, affine: bool = False,
-    masked: bool = True, device: str = "cuda",
+    rows: int, classes: int, features: int, training: Training, *, softcap: bool = False, spread: bool = False, masked: bool = True,
+    device: str = "cuda",
 ) -> Plan:  # fmt: skip
     """What bigclass' planner would do on such a device, whether or not this machine has one (a GPU is taken to have Triton)."""
     options = Settings(workspace=training.workspace, gradients=training.head_gradients)
     work = Work(
-        n=rows, c=classes, d=features, device=device, scalar=not spread, affine=affine and not spread, half=training.half,
+        n=rows, c=classes, d=features, device=device, scalar=not spread, half=training.half,
         buffers=tile_buffers(not softcap, not spread, int(softcap)), narrow=training.half, masked=masked,
         not_fused=None if device == "cuda" else "it is no GPU",
     )  # fmt: skip

@@ -115,16 +115,16 @@ def head_phases(
     rows: int, classes: int, features: int, training: Training, *, spread: bool = False, in_backward: bool = False, device: str = "cuda"
 ) -> tuple[Phase, Phase]:
     """A head on its own, with `classes` on this rank: at its loss and at the optimizer's step."""
-    head = head_memory(rows, classes, features, training, spread=spread, in_backward=in_backward, device=device)
+    head = head_memory(rows, classes, features, training, spread=spread, in_backward=in_backward, masked=False, device=device)
     weight = classes * features
     states = states_of(weight, 0, weight, training, Ranks())
     kept = training.item * rows * features
     lasting = {"weights": states.weights, "optimizer": 4 * classes if in_backward else states.optimizer}
     before = {"gradients": states.gradients} if training.accumulate else {}
-    gradients = 0 if in_backward else states.gradients
+    gradients, step = (0, 0) if in_backward else (states.gradients, states.step)
     return (
         Phase("at the head", lasting | before | {"activations": kept, "head": head.peak + head.idle}),
-        Phase("optimizer", lasting | {"gradients": gradients, "optimizer": lasting["optimizer"] + states.step, "head": head.idle}),
+        Phase("optimizer", lasting | {"gradients": gradients, "optimizer": lasting["optimizer"] + step, "head": head.idle}),
     )
 
 
