@@ -47,7 +47,7 @@ def check_linear(
     if input.dim() < 1:
         raise ArgumentError(f"{of_input}: expected at least one axis (..., D), got a scalar")
     if linear_weight.dim() < 2 or (weight_dims is not None and linear_weight.dim() != weight_dims):
-        elsewhere = "; DeepSpeed's ZeRO-3 has it in parts: call the module that owns it, or do this within deepspeed.zero.GatheredParameters"
+        elsewhere = "; ZeRO-3 has it in parts: call the module that owns it, or call this within deepspeed.zero.GatheredParameters"
         more = elsewhere if hasattr(linear_weight, "ds_status") else ""
         raise ArgumentError(f"{of_weight}: expected shape (C, D), got {tuple(linear_weight.shape)}{more}")
     if input.shape[-1] != linear_weight.shape[-1]:

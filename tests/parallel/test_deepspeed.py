@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import warnings
 from typing import Any
@@ -12,12 +13,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import bigclass
-from tests.parallel.engine_support import build, gradients, llama, loss_of, moved, pairs, part, texts, whole, worst
-from tests.ranks import run_ranks
+from tests.parallel.engine_support import HEADS, build, gradients, llama, loss_of, moved, pairs, part, texts, whole, worst
 from tests.support import error
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+pytestmark = [
+    pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed"),
+    pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"),
+]
 
 STAGES = (1, 2, 3)
 CLIP, RATE = 0.02, 5.0  # of gradients whose norms are 0.1 and more, but for those of the multi-label head
@@ -68,7 +70,6 @@ def train(net: nn.Module, stage: int, loss: Any) -> tuple[dict[str, Tensor], Ten
 
 
 def every_stage(rank: int, world: int) -> dict[Any, Any]:
-    start_deepspeed(rank, world)
     warnings.simplefilter("error", bigclass.LogitsWarning)
     made: dict[Any, Any] = {}
     for stage in STAGES:
@@ -82,12 +83,31 @@ def every_stage(rank: int, world: int) -> dict[Any, Any]:
             # under ZeRO-3 the linear layers gather their weights for every chunk
             bigclass.mini_sequence(model, chunk_tokens=5, group=dist.group.WORLD if stage == 3 else None)
             made[stage, "llama", tied] = train(model, stage, lambda e, ids=ids: e(input_ids=ids, labels=ids).loss)
+    made["predictions"] = predictions(rank, world)
     return made
 
 
-@pytest.fixture(scope="module")
-def zero() -> list[dict[Any, Any]]:
-    return run_ranks(every_stage, 2)
+def predictions(rank: int, world: int) -> dict[str, Any]:
+    """The best classes of all rows by heads that ZeRO-3 partitioned, and what is said where nobody gathered them."""
+    import deepspeed
+
+    made: dict[str, Any] = {}
+    for kind in HEADS:
+        net, x, _ = build(kind, dtype=torch.float32)
+        head: Any = net.heads[kind]
+        engine_of(net, 3)
+        try:
+            made[kind, "error"] = str(head.predict(x, 3))
+        except ValueError as e:
+            made[kind, "error"] = str(e)
+        with deepspeed.zero.GatheredParameters(list(head.parameters())):
+            made[kind] = head.predict(x, 3)[1]
+    return made
+
+
+@pytest.fixture
+def zero(deepspeed_ranks) -> list[dict[Any, Any]]:
+    return [made["zero"] for made in deepspeed_ranks]
 
 
 def of_one_process(net: nn.Module, loss: Any) -> tuple[dict[str, Tensor], Tensor]:
@@ -124,3 +144,12 @@ def test_converted_models_with_mini_sequences_train_as_one_process(zero, stage, 
     exact = of_one_process(model.float().double(), lambda model: model(input_ids=texts(), labels=texts()).loss)
     for rank in zero:
         check(rank[stage, "llama", tied], exact)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_predictions_of_a_partitioned_head_are_those_of_one_process(zero, kind):
+    net, x, _ = build(kind, dtype=torch.float32)
+    head: Any = net.heads[kind]
+    for rank in zero:
+        assert torch.equal(rank["predictions"][kind], head.predict(x, 3)[1])
+        assert "GatheredParameters" in rank["predictions"][kind, "error"]

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import bigclass
-from tests.parallel.engine_support import N, build, gradients, llama, loss_of, moved, pairs, part, texts, whole, worst
+from tests.parallel.engine_support import HEADS, N, build, gradients, llama, loss_of, moved, pairs, part, texts, whole, worst
 from tests.ranks import run_ranks
 from tests.support import error
 
@@ -75,6 +75,7 @@ def every_mode(rank: int, world: int) -> dict[tuple[str, bool, str], Any]:
 def everything(rank: int, world: int) -> dict[str, Any]:
     """One start of the processes for all that follows."""
     made: dict[str, Any] = {"heads": every_mode(rank, world), "bf16": bf16_gradients(rank, world)}
+    made["predictions"] = predictions(rank, world)
     if importlib.util.find_spec("transformers"):
         made["lm"] = lm_gradients(rank, world)
     return made
@@ -105,6 +106,34 @@ def test_two_ranks_train_as_one_process(ranks, kind, explicit, mode):
 @pytest.mark.parametrize("kind", ["cce", "multilabel"])
 def test_lazy_and_explicit_forms_are_one_loss(kind):
     assert error(of_one_process(kind, False)[0], of_one_process(kind, True)[0]) < 1e-10
+
+
+# --- predictions
+
+
+def predictions(rank: int, world: int) -> dict[str, list[Tensor]]:
+    """The best classes of this rank's rows, by heads that are groups of their own and whose `predict` FSDP2 was told of."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    made: dict[str, list[Tensor]] = {}
+    for kind in HEADS:
+        net, x, _ = build(kind)
+        head = fully_shard(net.heads[kind])
+        try:
+            head.predict(part(x, rank, world), 3)  # type: ignore[operator]
+        except ValueError as e:
+            assert "If FSDP sharded it" in str(e)
+        register_fsdp_forward_method(head, "predict")
+        made[kind] = list(head.predict(part(x, rank, world), 3))  # type: ignore[operator]
+    return made
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_predictions_of_a_sharded_head_are_those_of_one_process(ranks, kind):
+    net, x, _ = build(kind)
+    values, classes = net.heads[kind].predict(x, 3)  # type: ignore[operator]
+    made = [torch.cat([rank["predictions"][kind][i] for rank in ranks]) for i in range(2)]
+    assert error(made[0], values) < 1e-12 and torch.equal(made[1], classes)
 
 
 # --- mixed precision

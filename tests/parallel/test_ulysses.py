@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 import bigclass
 from tests.parallel.engine_support import V, gradients, llama, worst
-from tests.ranks import run_ranks
 from tests.support import error
 
 missing = [name for name in ("transformers", "deepspeed") if importlib.util.find_spec(name) is None]
@@ -67,7 +66,7 @@ def spread(tied: bool, kv: int, **options: Any) -> tuple[Any, Any]:
     return model, setup_ulysses(model, dist.group.WORLD, chunk_tokens=3, engine="tiled", **options)
 
 
-def everything(rank: int, world: int) -> dict[Any, Any]:
+def everything(rank: int) -> dict[Any, Any]:
     warnings.simplefilter("error", bigclass.LogitsWarning)
     made: dict[Any, Any] = {}
     for case in PLAIN:
@@ -77,22 +76,21 @@ def everything(rank: int, world: int) -> dict[Any, Any]:
         loss.backward()
         made[case] = loss.detach(), combined(model, how)
     for wrapper in WRAPPERS:
-        made[wrapper] = wrapped(wrapper, rank, world)
+        made[wrapper] = wrapped(wrapper)
     made["trainer"] = as_the_trainer_does("second rank masked")
     made["off"] = switched_off()
     made["errors"] = errors(rank)
     return made
 
 
-def wrapped(wrapper: str, rank: int, world: int) -> tuple[Tensor, dict[str, Tensor]]:
+def wrapped(wrapper: str) -> tuple[Tensor, dict[str, Tensor]]:
     model, parallel = spread(False, 2)
     inputs = parallel.shard(batch("second rank masked"))
     if wrapper == "zero 3":
         from deepspeed.utils import safe_get_full_grad
 
-        from tests.parallel.test_deepspeed import engine_of, start_deepspeed
+        from tests.parallel.test_deepspeed import engine_of
 
-        start_deepspeed(rank, world)
         bigclass.mini_sequence(model, 3, group=dist.group.WORLD)
         engine = engine_of(model.float(), 3)
         loss = engine(**inputs).loss
@@ -174,9 +172,9 @@ def changed(**attributes: Any) -> Any:
     return model
 
 
-@pytest.fixture(scope="module")
-def ranks() -> list[dict[Any, Any]]:
-    return run_ranks(everything, 2)
+@pytest.fixture
+def ranks(deepspeed_ranks) -> list[dict[Any, Any]]:
+    return [made["ulysses"] for made in deepspeed_ranks]
 
 
 @pytest.mark.parametrize("case", PLAIN, ids=str)
