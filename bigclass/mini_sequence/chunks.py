@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bigclass.core.errors import ArgumentError, ArgumentTypeError
 from bigclass.heads.linear import change_class
-from bigclass.mini_sequence.wide import widened
+from bigclass.mini_sequence.wide import Wide, widened
 from bigclass.parallel.groups import Ranks
 
 _SETTINGS = "_mini_sequence"  # of an instance: how to chunk it
@@ -113,33 +113,51 @@ def run(module: nn.Module, whole: Callable[..., Any], args: tuple[Any, ...], kwa
     sizes = _sizes(tensors[0], how)
     if len(sizes) == 1:
         return whole(*args, **kwargs)
-    flat = (1,) * (len(lead) - 1) + (sum(sizes), -1)  # as many axes as before: the module may count on them
-    # One split: its gradient is one concatenation. Slices would each make a gradient of full size.
-    parts = [t.reshape(*flat[:-1], t.shape[-1]).split(sizes, dim=-2) for t in tensors]
-    device = tensors[0].device.type
-    wide = widened(module, device) if how.fp32_gradients and keep else None
-    # To be entered by each chunk, since recomputing enters it again. A traced chunk must not enter it, and is not made again.
-    reading = nullcontext if wide is None else wide.reading
-    around, inside = (reading, nullcontext) if torch.compiler.is_compiling() else (nullcontext, reading)
+    call = _Call(module, whole, args, kwargs)
+    if how.fp32_gradients and keep:
+        return _in_fp32(call, tensors, sizes)
+    return _joined(call, tensors, sizes, keep)
 
-    def piece(*own: Tensor) -> Tensor:
-        given = iter(own)
-        a = [next(given) if isinstance(t, Tensor) else t for t in args]
-        k = {name: next(given) if isinstance(t, Tensor) else t for name, t in kwargs.items()}
-        with _fresh_casts(device), inside():
-            out = whole(*a, **k)
-        if not isinstance(out, Tensor) or out.shape[:-1] != own[0].shape[:-1]:
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of a module, to be repeated with other tensors in the places of its own."""
+
+    module: nn.Module
+    whole: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    wide: Wide | None = None
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        given = iter(tensors)
+        args = [next(given) if isinstance(t, Tensor) else t for t in self.args]
+        kwargs = {name: next(given) if isinstance(t, Tensor) else t for name, t in self.kwargs.items()}
+        x = tensors[0]
+        with _fresh_casts(x.device.type), nullcontext() if self.wide is None else self.wide.reading():
+            out = self.whole(*args, **kwargs)
+        if not isinstance(out, Tensor) or out.shape[:-1] != x.shape[:-1]:
             got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
             raise ArgumentTypeError(
-                f"{type(module).__name__}: expected one tensor with a row for each of the tokens {tuple(own[0].shape)}, got {got}; leave "
+                f"{type(self.module).__name__}: expected one tensor with a row for each of the tokens {tuple(x.shape)}, got {got}; leave "
                 "this module out of mini_sequence (modules=[...] names those to convert)"
             )
         return out
 
-    with around():
-        outs = [checkpoint(piece, *own, use_reentrant=False) if keep else piece(*own) for own in zip(*parts, strict=True)]
+
+def _joined(call: _Call, tensors: list[Tensor], sizes: list[int], keep: bool) -> Tensor:
+    lead = tensors[0].shape[:-1]
+    flat = (1,) * (len(lead) - 1) + (sum(sizes),)  # as many axes as before: the module may count on them
+    # One split: its gradient is one concatenation. Slices would each make a gradient of full size.
+    parts = [t.reshape(*flat, t.shape[-1]).split(sizes, dim=-2) for t in tensors]
+    outs = [checkpoint(call, *own, use_reentrant=False) if keep else call(*own) for own in zip(*parts, strict=True)]
     joined = torch.cat(outs, dim=-2)
     return joined.reshape(*lead, joined.shape[-1])
+
+
+@torch.compiler.disable(reason="fp32_gradients=True of mini_sequence reads weights by a mode that no graph holds; not with fullgraph=True")
+def _in_fp32(call: _Call, tensors: list[Tensor], sizes: list[int]) -> Tensor:
+    return _joined(replace(call, wide=widened(call.module, tensors[0].device.type)), tensors, sizes, True)
 
 
 def _sizes(x: Tensor, how: Chunks) -> list[int]:

@@ -247,6 +247,8 @@ def _transposed(target: Target, parent: nn.Module | None) -> str | None:
 def _trial(target: Target) -> str | None:
     module = target.module
     function: Callable[..., Any] = getattr(module, target.method)
+    if target.method == "forward":
+        function = vars(module).get("_old_forward", function)  # inside a hook of accelerate's, which watches as others do
     tensors = [*module.parameters(), *module.buffers()]
     if any(t.is_meta or hasattr(t, "full_tensor") or hasattr(t, "ds_id") or t.numel() == 0 for t in tensors):
         if target.method != "forward" or _CALLED_SO.search(type(module).__name__):
