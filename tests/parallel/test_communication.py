@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections import defaultdict
 from typing import Any
 
@@ -62,23 +63,35 @@ def what_travels(rank: int, world: int) -> dict[str, Any]:
     }
 
 
-def test_a_step_sends_what_is_written_down():
+def test_a_step_sends_what_is_written_down(on_two_ranks):
     world = 2
-    for found in run_ranks(what_travels, world):
+    for found in on_two_ranks("what_travels"):
         rows, dx = 4 * N, 4 * N * D
         told = found["ce"].pop("all_gather")  # a few numbers that ranks must agree in
         assert len(told) == 1 and told[0] <= 128
         assert found["ce"] == {"all_reduce": [rows, rows, rows, dx]}  # largest logit, sum, picked logit; dx
         assert found["ce frozen features"] == {"all_gather": told, "all_reduce": [rows, rows, rows]}
         own = N // world
+        assert found["ce both"].pop("all_gather") == [8 * own, told[0] - 8, 4 * own * D]  # labels; features in their own dtype
         assert found["ce both"] == {
-            "all_gather": sorted([told[0], 4 * own * D, 8 * own]),  # features in their own dtype, labels
             "all_reduce": [rows, rows, rows],
             "reduce_scatter": [dx],
         }
         assert found["bce"] == {"all_gather": told, "all_reduce": [4, dx]}  # the loss, dx
         assert found["batch"] == {"all_reduce": [4, 8, 8]}  # the loss; what the mean divides by, of weights and of rows
         assert found["topk"] == {"all_gather": sorted([told[0], 4 * 4 * N, 8 * 4 * N])}
+
+
+def everything(rank: int, world: int) -> dict[str, Any]:
+    """All that two ranks show, by its function: a process costs seconds to start."""
+    triton = importlib.util.find_spec("triton") is not None
+    return {part.__name__: part(rank, world) for part in (what_travels, in_bf16, compiled, *([fused] if triton else []))}
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks():
+    results = run_ranks(everything, 2)
+    return lambda name: [found[name] for found in results]
 
 
 def refusals(rank: int, world: int) -> dict[str, str]:
@@ -96,9 +109,7 @@ def refusals(rank: int, world: int) -> dict[str, str]:
         "member": lambda: bigclass.linear_cross_entropy(x, w, y, group=pair) if rank == 2 else 1 / 0,
         "type": lambda: bigclass.linear_cross_entropy(x, w, y, group="tp"),
         "lora": lambda: bigclass.linear_cross_entropy(x, w, y, lora=(torch.ones(2, D), torch.ones(10, 2), 1.0), group=group),
-        "update": lambda: bigclass.linear_cross_entropy(
-            x, w.requires_grad_(), y, update=bigclass.GradAccumulator(torch.zeros(10, D)), group=group
-        ),
+        "update": lambda: bigclass.linear_cross_entropy(x, w.requires_grad_(), y, update=bigclass.GradAccumulator(), group=group),
         "columns": lambda: bigclass.linear_margin_loss(x, w[:9], y, subcenters=2, group=group),
     }
     found = {}
@@ -125,7 +136,7 @@ def test_what_ranks_disagree_in_is_refused_on_all_of_them():
             "type": "expected a ProcessGroup or a DeviceMesh",
             "lora": "lora: is not offered with group=",
             "update": "update:",
-            "columns": "whole classes of 2 rows",
+            "columns": "divides the 9 rows",
         }.items():
             assert text in found[name], (rank, name, found[name])
     assert "is no member" in results[2]["member"]
@@ -155,11 +166,42 @@ def in_bf16(rank: int, world: int) -> dict[str, list[float]]:
     return found
 
 
-def test_half_precision_is_rounded_once():
-    for found in run_ranks(in_bf16, 2):
+def test_half_precision_is_rounded_once(on_two_ranks):
+    for found in on_two_ranks("in_bf16"):
         for name, (loss, dx, dw) in found.items():
             assert loss < 1e-6, name
             assert max(dx, dw) < 3.5e-3, (name, dx, dw)  # one rounding of a bf16 number is 2^-9 at most, 1.7e-3 on average; of G, too
+
+
+def fused(rank: int, world: int) -> dict[str, list[float]]:
+    """The fused engine in Triton's interpreter, fp32."""
+    torch.manual_seed(5)
+    x, w, b, y = torch.randn(9, 16), torch.randn(50, 16), torch.randn(50), torch.randint(50, (9,))
+    mine, found = slice(0, 31) if rank == 0 else slice(31, 50), {}
+    several = torch.stack((y, (y + 7) % 50), 1)
+    for name, call in {
+        "ce": lambda x, w, b, **o: bigclass.linear_cross_entropy(x, w, y, linear_bias=b, label_smoothing=0.1, **o),
+        "bce": lambda x, w, b, **o: bigclass.linear_binary_cross_entropy(x, w, several, linear_bias=b, **o),
+        "entropy": lambda x, w, b, **o: sum(t.sum() for t in bigclass.linear_log_prob(x, w, y, linear_bias=b, return_entropy=True, **o)),
+    }.items():
+        made = []
+        for cut, dtype, options in (
+            (slice(None), torch.float64, {}),
+            (mine, torch.float32, {"engine": "fused", "group": dist.group.WORLD}),
+        ):
+            leaves = [t.to(dtype).requires_grad_() for t in (x.clone(), w[cut].clone(), b[cut].clone())]
+            loss: Any = call(*leaves, **options)
+            loss.backward()
+            made.append([loss.detach().double(), *[t.grad.double() for t in leaves]])  # type: ignore[union-attr]
+        exact = [made[0][0], made[0][1], made[0][2][mine], made[0][3][mine]]
+        found[name] = [relative(p, q) for p, q in zip(made[1], exact, strict=True)]
+    return found
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton's interpreter")
+def test_the_fused_engine_folds_shards_too(on_two_ranks):
+    for found in on_two_ranks("fused"):
+        assert all(max(e) < 3e-6 for e in found.values()), found
 
 
 def compiled(rank: int, world: int) -> dict[str, list[float]]:
@@ -186,6 +228,6 @@ def compiled(rank: int, world: int) -> dict[str, list[float]]:
     return found
 
 
-def test_a_spread_loss_is_one_graph():
-    for found in run_ranks(compiled, 2):
+def test_a_spread_loss_is_one_graph(on_two_ranks):
+    for found in on_two_ranks("compiled"):
         assert all(max(e) < 1e-12 for e in found.values()), found
