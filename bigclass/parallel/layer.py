@@ -157,11 +157,14 @@ class Layer:
             t = t.to_local()  # pyright: ignore[reportAttributeAccessIssue]
         if self.rows is None or not isinstance(t, Tensor):
             return t
-        rows = self.rows
-        whole = self.input.shape[rows.axis]
-        if t.dim() > rows.axis and t.shape[rows.axis] == whole != rows.sizes[rows.ranks.rank]:
-            return t
-        return rows.gather(t)
+        rows, whole = self.rows, self.input.shape[self.rows.axis]
+        here, own = t.shape[rows.axis] if t.dim() > rows.axis else None, rows.sizes[rows.ranks.rank]
+        if here not in (own, whole):
+            raise ArgumentError(f"target: expected {own} rows along axis {rows.axis} (as input), got shape {tuple(t.shape)}")
+        if max(rows.sizes) == whole:  # one rank has all rows, so its own cannot tell what the others were given
+            (given,) = counts_of([here], {}, (t,), rows.ranks)
+            return t if all([n == whole for n in given]) else rows.gather(t)
+        return t if here == whole else rows.gather(t)
 
     def own(self, t: Tensor) -> Tensor:
         """This rank's rows of a result (..., k) of all."""

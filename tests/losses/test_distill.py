@@ -378,7 +378,7 @@ def test_the_teacher_is_a_constant():
 def test_the_custom_ops_pass_opcheck(name, numbers, keep):
     x, w, b, u, v = (torch.randn(s) for s in ((9, 5), (80, 5), (80,), (9, 3), (80, 3)))
     student = Stream(((x.requires_grad_(), w.requires_grad_()),), bias=b.requires_grad_(), maps=(Softcap.at(3.0),))
-    tensors, described, needs = compare._packed(student, Stream(((u, v),)), DIVERGENCES[name](numbers), "tiled", "auto")
+    tensors, described, needs = compare.packed_pair(student, Stream(((u, v),)), DIVERGENCES[name](numbers), "tiled", "auto")
     torch.library.opcheck(compare.rows_op, (*tensors, keep, *described, needs))
     torch.library.opcheck(compare.sum_op, (*tensors, keep, torch.rand(9, dtype=torch.float64), *described, needs))
 

@@ -32,7 +32,7 @@ require("transformers")
 
 from transformers import PreTrainedModel  # noqa: E402
 
-OF_HEAD = ("grad_filter", "engine", "lazy")
+OF_HEAD = ("grad_filter", "engine", "group", "lazy")
 OF_LOSS = ("label_smoothing", "z_loss")
 _PLACE = "_bigclass_conversion"  # on the model
 
