@@ -152,6 +152,17 @@ def test_several_tensors_are_chunked_together_and_the_rest_handed_on():
         module(x, torch.randn(9, D))
 
 
+def test_tensors_in_containers_are_refused():
+    class Paired(Gated):
+        def forward(self, x: Tensor, more: Any = ()) -> Tensor:
+            return super().forward(x)
+
+    module, x = bigclass.mini_sequence(make(Paired), 4), torch.randn(9, D, dtype=torch.float64)
+    assert module(x, more=[3]).shape == x.shape
+    with pytest.raises(TypeError, match="Paired: expected tensors as arguments of their own, got some in a tuple"):
+        module(x, (x, x))
+
+
 def test_two_backwards_and_two_uses_of_one_module():
     module = make()
     x, y = torch.randn(2, 30, D, dtype=torch.float64)
@@ -299,12 +310,23 @@ def test_dropout_in_the_backward_is_that_of_the_forward():
         assert torch.equal(again, first)
 
 
+def dropped(x: Tensor, p: float) -> Tensor:
+    """Dropout whose masks of chunks are not the pieces of one mask. (On some CPUs they are, on others and on GPUs not.)"""
+    mask = torch.rand(x.shape[-1], x.numel() // x.shape[-1], dtype=x.dtype).T.reshape(x.shape) >= p
+    return x * mask / (1 - p)
+
+
+class Dropout(nn.Dropout):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return dropped(x, self.p) if self.training else x
+
+
 class DropInside(nn.Module):
     """Dropout between the layers, where its mask is needed for both their gradients."""
 
     def __init__(self, p: float = 0.4) -> None:
         super().__init__()
-        self.up, self.drop, self.down = nn.Linear(D, H), nn.Dropout(p), nn.Linear(H, D)
+        self.up, self.drop, self.down = nn.Linear(D, H), Dropout(p), nn.Linear(H, D)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.drop(self.up(x).relu()))
@@ -318,7 +340,8 @@ class DropByNumber(DropInside):
         self.activation_dropout = 0.4
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.dropout(self.up(x).relu(), self.activation_dropout, self.training))
+        x = self.up(x).relu()
+        return self.down(dropped(x, self.activation_dropout) if self.training else x)
 
 
 @pytest.mark.parametrize("kind", [DropInside, DropByNumber])
@@ -395,7 +418,7 @@ def gradient_errors(kind: Any, tokens: int | None, fp32: bool, dtype: torch.dtyp
     pooled: dict[str, list[float]] = {}
     for seed in range(draws):
         module = make(kind, dtype, seed)
-        x = torch.randn(1024, D).to(dtype)
+        x = torch.randn(768, D).to(dtype)
         exact = copy.deepcopy(module).double()
         run(exact, x.double())
         if tokens is not None:
@@ -432,10 +455,11 @@ class Transposed(nn.Module):
         return (x @ self.up.weight.T + self.up.bias).relu() @ self.down.weight.T + self.down.bias
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", [Gated, plain_mlp, conv1d_mlp])
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [(Gated, torch.bfloat16), (Gated, torch.float16), (plain_mlp, torch.bfloat16), (conv1d_mlp, torch.bfloat16)]
+)
 def test_fp32_gradients_err_as_one_accumulation(kind, dtype):
-    """128 chunks. Added in the weights' dtype the error grows with their number (4)."""
+    """96 chunks. Added in the weights' dtype the error grows with their number (4)."""
     single = gradient_errors(kind, None, False, dtype)
     fp32 = gradient_errors(kind, 8, True, dtype)
     plain = gradient_errors(kind, 8, False, dtype)
@@ -521,7 +545,7 @@ def test_a_forward_put_on_the_module_itself_is_refused():
         bigclass.mini_sequence(model, 5)
 
 
-@pytest.mark.parametrize(("fp32", "autocast"), [(False, False), (False, True), (True, False)])
+@pytest.mark.parametrize(("fp32", "autocast"), [(False, True), (True, False)])
 def test_compiled_it_is_one_graph(fp32, autocast):
     """With fp32_gradients several, and fullgraph=True is refused with the reason."""
     dtype = torch.float32 if autocast else torch.bfloat16

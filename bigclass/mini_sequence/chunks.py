@@ -104,6 +104,12 @@ def run(module: nn.Module, whole: Callable[..., Any], args: tuple[Any, ...], kwa
     if not keep and not (module.training and _draws(module)):
         return whole(*args, **kwargs)
     lead = tensors[0].shape[:-1]
+    nested = [type(a).__name__ for a in (*args, *kwargs.values()) if isinstance(a, tuple | list | dict) and _holds_tensors(a)]
+    if nested:
+        raise ArgumentTypeError(
+            f"{type(module).__name__}: expected tensors as arguments of their own, got some in a {nested[0]}, which is not chunked; "
+            "leave this module out of mini_sequence (modules=[...] names those to convert)"
+        )
     if any(t.shape[:-1] != lead for t in tensors):
         raise ArgumentError(
             f"{type(module).__name__}: expected tensors with the same token axes, got shapes {[tuple(t.shape) for t in tensors]}; leave "
@@ -113,7 +119,7 @@ def run(module: nn.Module, whole: Callable[..., Any], args: tuple[Any, ...], kwa
     sizes = _sizes(tensors[0], how)
     if len(sizes) == 1:
         return whole(*args, **kwargs)
-    call = _Call(module, whole, args, kwargs)
+    call = _Call(module, whole, *_without_tensors(args, kwargs))
     if how.fp32_gradients and keep:
         return _in_fp32(call, tensors, sizes)
     return _joined(call, tensors, sizes, keep)
@@ -121,18 +127,18 @@ def run(module: nn.Module, whole: Callable[..., Any], args: tuple[Any, ...], kwa
 
 @dataclass(frozen=True)
 class _Call:
-    """A call of a module, to be repeated with other tensors in the places of its own."""
+    """A call of a module, to be made with the tensors of a chunk."""
 
     module: nn.Module
     whole: Callable[..., Any]
-    args: tuple[Any, ...]
+    args: tuple[Any, ...]  # Tensor, the class, where a tensor was: the graph, which holds this, would hold the whole call's besides
     kwargs: dict[str, Any]
     wide: Wide | None = None
 
     def __call__(self, *tensors: Tensor) -> Tensor:
         given = iter(tensors)
-        args = [next(given) if isinstance(t, Tensor) else t for t in self.args]
-        kwargs = {name: next(given) if isinstance(t, Tensor) else t for name, t in self.kwargs.items()}
+        args = [next(given) if t is Tensor else t for t in self.args]
+        kwargs = {name: next(given) if t is Tensor else t for name, t in self.kwargs.items()}
         x = tensors[0]
         with _fresh_casts(x.device.type), nullcontext() if self.wide is None else self.wide.reading():
             out = self.whole(*args, **kwargs)
@@ -143,6 +149,16 @@ class _Call:
                 "this module out of mini_sequence (modules=[...] names those to convert)"
             )
         return out
+
+
+def _without_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    rest = tuple([Tensor if isinstance(t, Tensor) else t for t in args])
+    return rest, {name: Tensor if isinstance(t, Tensor) else t for name, t in kwargs.items()}
+
+
+def _holds_tensors(container: Any) -> bool:
+    values = container.values() if isinstance(container, dict) else container
+    return any(isinstance(value, Tensor) for value in values)
 
 
 def _joined(call: _Call, tensors: list[Tensor], sizes: list[int], keep: bool) -> Tensor:
