@@ -31,7 +31,9 @@ from bigclass.memory_plan.search import USABLE, head_phases
 
 MIB = 1 << 20
 WORKSPACE = 8 * MIB
-TOLERANCE = 0.05  # of the counted peak: most cases are within 1 %
+TOLERANCE = 0.015  # of the counted peak
+TOLERANCE_SCORES = 0.04  # the same with scores: what the softmax's backward holds is approximated
+TOLERANCE_CHUNKS = 0.05  # the same with mini-sequences: sums over chunks come and go
 
 SMALL = {
     "hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -103,7 +105,7 @@ def test_the_peak_of_a_llama_is_as_planned(head, recompute):
 @pytest.mark.parametrize("recompute", ["none", "block"])
 @pytest.mark.parametrize("head", ["dense", "streamed"])
 def test_the_peak_with_mini_sequences_is_as_planned(head, recompute):
-    assert_planned(LLAMA, FP32.with_(head=head, recompute=recompute, mlp_chunk=256), 1536)
+    assert_planned(LLAMA, FP32.with_(head=head, recompute=recompute, mlp_chunk=256), 1536, tolerance=TOLERANCE_CHUNKS)
 
 
 @pytest.mark.parametrize("name", ["tied", "qwen2", "gpt2"])
@@ -112,9 +114,18 @@ def test_the_peak_of_other_families_is_as_planned(name, head, recompute):
     assert_planned(CONFIGS[name], FP32.with_(head=head, recompute=recompute), 512)
 
 
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_a_tied_weight_has_three_gradients_for_a_moment(accumulate):
+    """The head's, the embedding's and their sum."""
+    config = LlamaConfig(**{**SMALL, "num_hidden_layers": 1, "vocab_size": 20000}, tie_word_embeddings=True)
+    training = FP32.with_(optimizer="sgd", head="streamed", accumulate=accumulate)
+    assert plan_memory(config, 32, training=training, device="cpu").peak_phase.name == "backward of the embedding"
+    assert_planned(config, training, 32)
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_scores_that_are_kept_are_planned(name):
-    assert_planned(CONFIGS[name], FP32.with_(head="streamed", attention="eager"), 384)
+    assert_planned(CONFIGS[name], FP32.with_(head="streamed", attention="eager"), 384, tolerance=TOLERANCE_SCORES)
 
 
 @pytest.mark.parametrize(

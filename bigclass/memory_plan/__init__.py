@@ -24,7 +24,7 @@ A step is a row of phases, each with what is alive then; the peak is the largest
     at the head                     states + L kept + last norm + head (gradients: none yet, or all where they are accumulated)
     in the last block's backward    states + L kept + what one block's backward takes + gradients of the head
     in the first block's backward   states + 1 kept + the same + gradients of all blocks behind it and the head
-    backward of the embedding       states + gradients of everything; of a tied weight, twice
+    backward of the embedding       states + gradients of everything; of a tied weight three
     optimizer                       states + gradients + temporaries of its step
 
 With recompute (arXiv:1604.06174) "kept" is a block's input, and one block is made again for its backward. Phases between the last block and

@@ -214,9 +214,10 @@ def _phases(
         rest = (left - 1) * kept + (block.input if recompute or block.shared_input else 0) + block.in_rest
         done += shape.mlp_parameters
         found.append(phase(f"in the {name} block's backward, the rest", done, rest, (left - 1) * kept_mlp, 0, around))
-    # A tied weight has the head's gradient already; that of the table is made beside it. A sharded one is made whole before it is spread.
+    # A tied weight has the head's gradient already; that of the table is made beside it, and their sum beside both. A sharded one is made
+    # whole before it is spread, one to be accumulated beside what it is added to.
     table = g * shape.embedding_parameters // ranks.classes
-    beside = table if shape.tied or scatters or training.accumulate else 0
+    beside = table * (2 * shape.tied + (scatters or training.accumulate))
     found += [
         phase("backward of the embedding", shape.parameters, block.input, 0, beside, table_gathered),
         phase("optimizer", shape.parameters, 0, 0, 0, 0, states.step),
