@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from bigclass.core.errors import ArgumentError
 from bigclass.extras import require
 from bigclass.integrations import convert_head
-from bigclass.integrations.transformers.heads import base_model, output_head
+from bigclass.integrations.transformers.heads import base_model, evaluating, output_head
 from bigclass.integrations.transformers.loss import StreamedLoss
 from bigclass.mini_sequence import mini_sequence
 from bigclass.parallel.groups import Ranks
@@ -38,8 +38,9 @@ _PLACE = "_bigclass_ulysses"  # on a model's modules, one of which hands itself 
 
 
 def setup_ulysses(
-    model: nn.Module, group: Any, *, chunk_tokens: int | None = None, batch: Any = None, gradients: str = "mean", **options: Any
-) -> SequenceParallel:
+    model: nn.Module, group: Any, *, chunk_tokens: int | None = None, batch: Any = None, gradients: str = "mean", verify: bool = True,
+    **options: Any,
+) -> SequenceParallel:  # fmt: skip
     r"""Spread a causal language model of transformers over the sequence, in place, with a streamed head and mini-sequences on top.
 
         loss = sum over all ranks' tokens that count of CE_t / number of those tokens          the same value on every rank
@@ -56,6 +57,8 @@ def setup_ulysses(
         batch: the ranks over whose tokens the loss is a mean, where there are several sequences at a time; None: `group`, and the engine
             around averages over the others.
         gradients: how that engine combines parameters' gradients over the ranks of `batch`: "mean" (DDP, FSDP, ZeRO), or "sum".
+        verify: run a few tokens through the model, whole and spread, and raise where the head's features differ: no list of families can
+            know what a model does between its tokens. Parameters that are not there yet (on the meta device, partitioned) leave it out.
         options: of `bigclass.convert_head`: z_loss, label_smoothing, grad_filter, engine.
 
     Returns:
@@ -65,7 +68,7 @@ def setup_ulysses(
         ModuleNotFoundError: DeepSpeed is not installed. TypeError: no transformers model.
         ValueError: a model that mixes tokens elsewhere than in full attention (recurrent layers, convolutions, sliding windows that its
             attention function learns of by a mask only), "eager" attention, heads that W does not divide, rotary frequencies that
-            depend on the length; each with the reason.
+            depend on the length; each with the reason. A model whose features are others when it is spread.
 
     Example:
         >>> parallel = setup_ulysses(model, mesh["sp"], chunk_tokens=4096)
@@ -93,6 +96,8 @@ def setup_ulysses(
         _register(inner.config.get_text_config()._attn_implementation)
         for module in inner.modules():
             module.__dict__[_PLACE] = made.attention
+        if verify and all(p.device.type != "meta" and type(p) is nn.Parameter and not hasattr(p, "ds_status") for p in inner.parameters()):
+            _verify(made)
     return made
 
 
@@ -219,6 +224,8 @@ class _Attention:
                 f"model: {type(module).__name__} does not hand position_ids on to its attention function, which Ulysses needs; give the "
                 "model what shard(inputs) returns, or take another model"
             )
+        if kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
+            raise ArgumentError(f"model: the attention of {type(module).__name__} is not causal, so it would look at padding")
         if key.shape[2] != tokens:
             raise ArgumentError(f"model: {key.shape[2]} keys for {tokens} queries; a cache of keys and values runs within parallel.off()")
         if key.shape != value.shape or key.shape[3] != width:
@@ -234,7 +241,8 @@ class _Attention:
                 process_group=self.group, seq_length_is_variable=True,
             )  # fmt: skip
         # No mask: the model made one for its own tokens only. The attention function is causal by itself.
-        return self.made[shape](module, query, key, value, None, **kwargs)
+        context, weights = self.made[shape](module, query, key, value, None, **kwargs)  # (B, T/W, H d)
+        return context.unflatten(-1, (heads, -1)), weights  # as the model's own function returns it
 
 
 def _register(name: Any) -> None:
@@ -275,6 +283,41 @@ def _start_deepspeed(group: Any) -> None:
 
 
 # --- checks
+
+
+def _verify(parallel: SequenceParallel) -> None:
+    """Raise on all ranks unless the head's features of a short sequence are the same, spread and whole."""
+    model, ranks = parallel.model, parallel.ranks
+    assert ranks is not None
+    head, seen = output_head(model), []
+    handle = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    length = 8 * ranks.size - 1  # one short, so that a model that looks at the padding (no causal one does) is found out
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0)).to(model.device)
+    reason = ""
+    try:
+        with torch.no_grad(), evaluating(model):
+            with parallel.off():
+                model(input_ids=ids, use_cache=False)
+            model(**parallel.shard({"input_ids": ids}))
+        each = -(-length // ranks.size)
+        whole = seen[0][:, ranks.rank * each : (ranks.rank + 1) * each].double()
+        difference = seen[1][:, : whole.shape[1]].double() - whole
+        error = torch.stack([difference.square().sum(), whole.square().sum()])
+    except (ArgumentError, RuntimeError, AssertionError, TypeError) as e:
+        error, reason = torch.full((2,), torch.nan, dtype=torch.float64, device=ids.device), f": {str(e).removeprefix('model: ')}"
+    finally:
+        handle.remove()
+    dist.all_reduce(error, group=_process_group(parallel.group))  # the ranks raise together, or none does
+    relative = (error[0] / error[1]).sqrt().item()
+    eps = torch.finfo(seen[0].dtype if seen else torch.float32).eps
+    if not relative <= min(eps**0.5, 256 * eps):  # rounding; in 16 bits that of several layers
+        parallel.restore()
+        reason = reason or (
+            f": a relative difference of {relative:.1e} in {length} tokens; something in it besides causal attention looks at other "
+            "tokens, or at where they lie"
+        )
+        raise ArgumentError(f"model: the features of {type(model).__name__} are not the same when its sequence is spread{reason}")
 
 
 def _check_model(model: Any, world: int) -> None:

@@ -154,6 +154,8 @@ def errors(rank: int) -> dict[str, str]:
         "recurrent": lambda: setup_ulysses(changed(layer_types=["full_attention", "linear_attention"]), dist.group.WORLD),
         "heads": lambda: setup_ulysses(changed(num_attention_heads=3), dist.group.WORLD),
         "key-value heads": lambda: setup_ulysses(changed(num_attention_heads=6, num_key_value_heads=3), dist.group.WORLD),
+        "positions": lambda: setup_ulysses(small("Roberta", "ForCausalLM", is_decoder=True), dist.group.WORLD),
+        "bidirectional": lambda: setup_ulysses(small("Bert", "LMHeadModel", is_decoder=False), dist.group.WORLD),
         "rotary": lambda: setup_ulysses(changed(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4}), dist.group.WORLD),
     }
     made = {}
@@ -163,6 +165,13 @@ def errors(rank: int) -> dict[str, str]:
         except ValueError as e:
             made[name] = str(e)
     return made
+
+
+def small(family: str, kind: str, **options: Any) -> Any:
+    import transformers
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": V}
+    return getattr(transformers, family + kind)(getattr(transformers, family + "Config")(**sizes, **options))
 
 
 def changed(**attributes: Any) -> Any:
@@ -222,6 +231,8 @@ def test_what_cannot_work_raises_on_every_rank(ranks):
         "recurrent": "linear_attention, which would not see the other ranks' tokens",
         "heads": "divides 3 attention heads",
         "key-value heads": "divides 3 key-value heads",
+        "positions": "the features of RobertaForCausalLM are not the same",  # it counts positions from another number
+        "bidirectional": "is not causal",
         "rotary": "(dynamic) depend on the length",
     }
     for rank in ranks:
