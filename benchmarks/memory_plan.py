@@ -218,8 +218,8 @@ SEQUENCES = """## Longest sequences
 
 One sequence, over all ranks: ZeRO-3 (FSDP), and Ulysses up to as many ranks as there are heads, rings of such groups beyond. `dense` keeps
 all activations and writes logits; `recompute` makes blocks again; `+ mini-sequence` puts {chunk} tokens through an MLP at a time as well,
-with dense logits, which then are the peak, so that it gains nothing; `recompute + streamed` and `+ both` make the head stream, and with
-`+ both` MLPs are no longer the peak, either. "–": weights, gradients and optimizer states alone do not fit.
+with dense logits (which are the peak then, so that it gains nothing); `recompute + streamed` and `+ both` make the head stream.
+"–": weights, gradients and optimizer states alone do not fit.
 """
 
 CLASS_TEXT = """## Largest class counts
