@@ -25,7 +25,7 @@ from bigclass.losses.folds import TemperedMoment
 from bigclass.losses.inputs import check_index, check_range
 from bigclass.losses.one_vs_all import LOSSES
 from bigclass.losses.targets import SparseTarget
-from bigclass.parallel.classes import reduce_logits, stream_loss
+from bigclass.parallel.classes import reduce_logits, rows_of, stream_loss, whole_batch
 
 # (criterion, lazy logits, target) -> loss, or NotImplemented where this combination does not stream
 Streamed = Callable[[Any, LazyLogits, Any], Any]
@@ -149,7 +149,7 @@ def _soft_margin(criterion: Any, lazy: LazyLogits, target: Any) -> Any:
     if rows:
         loss = loss / lazy.shape[-1]
     elif criterion.reduction == "sum":
-        loss = loss * lazy.stream.shape[0]
+        loss = loss * rows_of(lazy.stream)
     return loss.to(result_dtype(lazy.dtype))
 
 
@@ -209,12 +209,14 @@ def _asymmetric_single(criterion: Any, lazy: LazyLogits, target: Any) -> Any:
     moments = (TemperedMoment(numbers=(gamma_neg,), exclude_picks=True),) if floor else ()
     folds = (LogSumExp(exclude_picks=True), *moments)
     rowwise, numbers = criterion.reduction != "mean", (gamma_pos, gamma_neg, on, floor)
-    factor = stream.tensors[0].new_full((), 1.0 if rowwise else 1.0 / max(n, 1), dtype=stream.accumulate_dtype).expand(n)
+    count = 1.0 if rowwise else rows_of(stream)
+    count = count if isinstance(count, Tensor) else stream.tensors[0].new_full((), max(count, 1.0), dtype=stream.accumulate_dtype)
+    factor = (1.0 / count).to(stream.accumulate_dtype).expand(n)
     if rowwise:
         states, picked = reduce_logits(stream, y, folds, engine=lazy.engine)
         loss = ROW_LOSSES["asymmetric_single"](states, picked, (factor,), numbers)
     else:
-        loss = stream_loss(stream, y, folds, "asymmetric_single", (factor,), numbers, engine=lazy.engine)
+        loss = whole_batch(stream_loss(stream, y, folds, "asymmetric_single", (factor,), numbers, engine=lazy.engine), stream)
     return loss.to(result_dtype(lazy.dtype))
 
 

@@ -105,6 +105,8 @@ class LinearHead(nn.Linear):
         """
         if not is_plain_linear(linear) and not isinstance(linear, LinearHead):
             raise ArgumentTypeError(f"linear: expected an nn.Linear, got {type(linear).__module__}.{type(linear).__qualname__}")
+        if isinstance(linear, LinearHead):
+            options.setdefault("group", linear.group)  # how its weight lies does not change with its class
         _check_bare(linear)
         check_own_forward(linear)
         made = cls.__new__(cls)
@@ -118,8 +120,10 @@ class LinearHead(nn.Linear):
         return linear
 
     def release(self) -> nn.Linear:
-        """Undo `adopt`: make this module a plain `nn.Linear` again, in place, and return it."""
+        """Undo `adopt`: make this module a plain `nn.Linear` again, in place, and return it. (Not if its classes are spread.)"""
         _check_bare(self)
+        if self.group is not None and self.group.classes is not None:
+            raise ArgumentError("head: its classes are spread over ranks (group=), which an nn.Linear cannot tell; gather its weight first")
         for name in (*self._OPTIONS, *self._OWN):
             self.__dict__.pop(name, None)
         change_class(self, nn.Linear)
@@ -269,6 +273,8 @@ class CCEHead(LinearHead):
         the loss of `linear_cross_entropy`, whose options these are (update: the weight's gradient, handed on slab by slab;
         sample: a share of the classes)."""
         if target is None:
+            if sample is not None:
+                raise ArgumentError("sample: belongs to a loss; call head(features, target, sample=...)")
             return self._output(features)
         return self._loss(features, target, weight=weight, reduction=reduction, return_stats=return_stats, update=update, sample=sample)
 

@@ -19,6 +19,7 @@ from bigclass.losses.margin import KINDS, Cosines, Margin, MarginValue, check_la
 from bigclass.losses.margin_folds import GroupedTopK
 from bigclass.losses.sampling import ClassSampling
 from bigclass.parallel.classes import reduce_logits
+from bigclass.parallel.collectives import gather_classes
 from bigclass.parallel.layer import Layer, Spread, layer_of
 
 # kinds with running statistics, and the margins of their papers' code
@@ -167,14 +168,23 @@ class MarginHead(nn.Module):
         """Real logits scale cos_ij (..., C) in the dtype of a plain `nn.Linear`; of sub-centres the nearest."""
         layer = layer_of(features, self.weight, None, self.group)
         check_layer(layer, self.scale, self.subcenters)
-        layer.whole("head(features) without a target")
-        if torch.is_grad_enabled() and self.weight.requires_grad:
-            wide = torch.promote_types(self.weight.dtype, torch.float32)
-            inverse = torch.linalg.vector_norm(self.weight, dim=1, dtype=wide).clamp_min(EPSILON).reciprocal()
+        if layer.rows is not None:
+            raise ArgumentError(
+                "head(features): real logits are of this rank's rows, but those of all ranks are gathered here (group= has them in "
+                "`classes` and in `batch`); give the head its targets, or use head.predict(features, k)"
+            )
+        features, w, _ = layer.operands
+        if torch.is_grad_enabled() and w.requires_grad:
+            wide = torch.promote_types(w.dtype, torch.float32)
+            inverse = torch.linalg.vector_norm(w, dim=1, dtype=wide).clamp_min(EPSILON).reciprocal()
         else:
-            inverse = inverse_norms(self.weight)
-        s = F.linear(F.normalize(features, dim=-1, eps=EPSILON), self.weight)
+            inverse = inverse_norms(w)
+        features = features if layer.compute_dtype is None else features.to(layer.compute_dtype)
+        s = F.linear(F.normalize(features, dim=-1, eps=EPSILON), w)
         s = s * (inverse * self.scale).to(s.dtype)
+        shards = None if layer.layout is None else layer.layout.classes
+        if shards is not None:
+            s = gather_classes(s.flatten(0, -2), shards.sizes, shards.ranks).unflatten(0, s.shape[:-1])
         return s if self.subcenters == 1 else s.unflatten(-1, (-1, self.subcenters)).amax(-1)
 
     @torch.no_grad()
@@ -204,6 +214,7 @@ class MarginHead(nn.Module):
             "ignore_index": -100,
             "grad_filter": None,
             "engine": "auto",
+            "group": None,
         }
         parts += [f"{name}={getattr(self, name)!r}" for name, value in usual.items() if getattr(self, name) != value]
         if self.kind in ADAPTIVE:

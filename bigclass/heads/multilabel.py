@@ -13,7 +13,7 @@ from bigclass.heads.linear import LinearHead
 from bigclass.losses.classwise import REDUCTIONS
 from bigclass.losses.elementwise import LOSSES, constants_of
 from bigclass.losses.inputs import make_stream, open_layer
-from bigclass.losses.multilabel import layer_positives, own_rows, streamed_loss, zlpr_loss
+from bigclass.losses.multilabel import layer_positives, streamed_loss, zlpr_loss
 
 
 class MultiLabelHead(LinearHead):
@@ -137,12 +137,12 @@ class MultiLabelHead(LinearHead):
         if self.objective == "zlpr":
             if weight is not None or pos_weight is not None:
                 raise ArgumentError("weight, pos_weight: ZLPR has no class weights; leave them None")
-            return own_rows(layer, zlpr_loss(stream, lead, targets, **shared), shared["reduction"])
+            return layer.finish(zlpr_loss(stream, lead, targets, **shared), shared["reduction"])
         made = streamed_loss(
             stream, lead, targets, self.objective, self.loss_options, weight=weight, pos_weight=pos_weight,
             label_smoothing=self.label_smoothing, **shared,
         )  # fmt: skip
-        return own_rows(layer, made, shared["reduction"])
+        return layer.finish(made, shared["reduction"])
 
     def loss(self, features: Tensor, positives: Any, **options: Any) -> Any:
         """`self(features, positives, ...)`: a forward, so that the hooks of FSDP2 and ZeRO-3 run."""

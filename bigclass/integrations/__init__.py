@@ -86,6 +86,6 @@ def _is_a(model: Any, library: str, name: str) -> bool:
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("open_clip", "peft", "timm", "transformers"):
+    if name in ("open_clip", "peft", "timm", "transformers", "ulysses"):
         return importlib.import_module(f"bigclass.integrations.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

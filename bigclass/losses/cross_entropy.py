@@ -67,7 +67,8 @@ def linear_cross_entropy(
         lora: (A (R, D), B (C, R), alpha), or a sequence of such triples: low-rank adapters of a weight (C, D). The logits become
             x w^T + alpha (x A^T) B^T (+ bias), then scale and soft cap. alpha is the factor itself (PEFT's lora_alpha / r), a number or a
             scalar tensor. No copy of the weight is made, and a frozen one gets no C x D gradient (arXiv:2106.09685).
-        shift: k > 0 scores position t's features against the label at t + k along the last leading axis, without slicing copies.
+        shift: k > 0 scores position t's features against the label at t + k along the last leading axis, without slicing copies. (Of a
+            sequence whose positions are spread over ranks each rank drops its last k: shift its labels before they are spread.)
             With reduction "none" the result has T - k positions.
         z_loss: adds z_loss * LSE^2 to each row's loss (PaLM, arXiv:2204.02311); in the mean it is averaged over the kept rows.
         grad_filter: None: exact gradients. A tolerance t such as 2**-8: columns of the logits' gradient that are too small to matter are
@@ -123,7 +124,7 @@ def linear_cross_entropy(
     if positions or lora is not None:
         layer.whole("lora" if lora is not None else "linear_weight (K-dimensional)")
     pairs = adapter_pairs(input, linear_weight, lora)
-    plain = softcap is None and logit_scale is None and lora is None and grad_filter is None and layer.layout is None
+    plain = softcap is None and logit_scale is None and lora is None and grad_filter is None and layer.layout is None and sample is None
     if isinstance(target, Tensor) and not (positions or probabilities) and plain:
         loss = arguments.run_small(input, linear_weight, linear_bias, target)
         if loss is not None:
@@ -135,8 +136,10 @@ def linear_cross_entropy(
                 "sample: is for class indices and a weight (C, D), without softcap, lora, weight, update, label_smoothing and with a "
                 "number for logit_scale; leave these out, or sample=None"
             )
+        if shift and (reduction == "none" or return_stats):
+            layer.refuse_cut(len(lead) - 1)
         loss = _sampled(layer, target, sample, logit_scale, grad_filter, arguments)
-        return own_rows(layer, loss, reduction)
+        return layer.finish(loss, reduction)
     if positions:
         if shift or isinstance(target, SparseTarget):
             raise ArgumentError(f"{'shift' if shift else 'SparseTarget'}: is not defined for a K-dimensional loss")
@@ -144,7 +147,9 @@ def linear_cross_entropy(
             raise ArgumentError("return_stats: of a K-dimensional loss each position has a filter of its own; leave it or grad_filter out")
         return _per_position(input, linear_weight, linear_bias, target, probabilities, softcap, logit_scale, grad_filter, arguments)
     stream = make_stream(input, linear_weight, linear_bias, softcap, logit_scale, pairs=pairs, grad_filter=grad_filter, layer=layer)
-    return own_rows(layer, arguments.run(stream, lead, target), reduction)
+    if shift and (reduction == "none" or return_stats):
+        layer.refuse_cut(len(lead) - 1)
+    return layer.finish(arguments.run(stream, lead, target), reduction)
 
 
 def linear_poly_cross_entropy(
@@ -191,7 +196,7 @@ def linear_poly_cross_entropy(
         stream, layer.input.shape[:-1], gathered_target(layer, target), poly=epsilon, reduction=reduction, ignore_index=ignore_index,
         label_smoothing=label_smoothing, update=update, engine=engine,
     )  # fmt: skip
-    return own_rows(layer, loss, reduction)
+    return layer.finish(loss, reduction)
 
 
 def gathered_target(layer: Layer, target: Any) -> Any:
@@ -199,15 +204,6 @@ def gathered_target(layer: Layer, target: Any) -> Any:
     if isinstance(target, SparseTarget) and layer.rows is not None:
         return replace(target, indices=layer.gather(target.indices), weights=layer.gather(target.weights))
     return layer.gather(target)
-
-
-def own_rows(layer: Layer, out: Any, reduction: str) -> Any:
-    """A loss (and its stats) of all rows that the layer works on, as this rank's caller has them."""
-    if layer.rows is None:
-        return out
-    loss, *more = out if isinstance(out, tuple) else (out,)
-    loss = layer.own(loss) if reduction == "none" else loss
-    return (loss, more[0]._replace(lse=layer.own(more[0].lse), correct=layer.own(more[0].correct))) if more else loss
 
 
 def cross_entropy(stream: Stream, lead: Sequence[int], target: Tensor | SparseTarget, **arguments: Any) -> Any:
@@ -333,7 +329,9 @@ def _sampled(layer: Layer, target: Any, sample: ClassSampling, logit_scale: Any,
     x, w, b = found.layer.operands
     move = found.shift.to(torch.promote_types(w.dtype, torch.float32)) / (1.0 if logit_scale is None else logit_scale)
     stream = make_stream(x, w, move if b is None else b + move, None, logit_scale, grad_filter=grad_filter, layer=found.layer)
-    out = replace(arguments, shift=0).run(stream, lead, found.target.reshape(lead))
+    # places in the sample, none of which may look like the class that is ignored
+    target = found.target if keep is None else torch.where(keep, found.target, -100)
+    out = replace(arguments, shift=0, ignore_index=-100).run(stream, lead, target.reshape(lead))
     return out if cut is None else _cut(out, cut, arguments.reduction, arguments.return_stats)
 
 

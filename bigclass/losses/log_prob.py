@@ -118,6 +118,8 @@ def linear_log_prob(
     check_index("index", index, input.device, ignore_index)
     _check_rows(index, lead)
     axis = -2 if index.dim() > len(lead) else -1
+    if shift:
+        layer.refuse_cut(len(lead) - 1)
     index, cut = shifted("index", index, shift, ignore_index, axis)
     picks = _picks(index, lead, input)
     used = picks != ignore_index

@@ -119,6 +119,8 @@ def linear_margin_loss(
     Deng et al., "ArcFace", arXiv:1801.07698, equation 4; Wang et al., "CosFace", arXiv:1801.09414; Liu et al., "SphereFace",
     arXiv:1704.08063; Deng et al., "Sub-center ArcFace", ECCV 2020; Huang et al., "CurricularFace", arXiv:2004.00288.
     """
+    if sample is not None and update is not None:
+        raise ArgumentError("sample: its gradient is of some rows, which update= does not take; leave one of them out")
     layer = layer_of(input, linear_weight, None, group)
     target = layer.gather(target)
     chosen = Margin.of(kind, gathered_margin(layer, margin), beyond_pi, gradient, target)

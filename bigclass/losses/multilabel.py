@@ -230,7 +230,7 @@ def linear_elementwise_loss(
         stream, layer.input.shape[:-1], targets, loss, options, weight=weight, pos_weight=pos_weight, label_smoothing=label_smoothing,
         reduction=reduction, return_topk=return_topk, update=update, engine=engine,
     )  # fmt: skip
-    return own_rows(layer, made, reduction)
+    return layer.finish(made, reduction)
 
 
 def linear_zlpr_loss(
@@ -266,7 +266,7 @@ def linear_zlpr_loss(
     stream, targets = _inputs(layer, positives, softcap, logit_scale, grad_filter)
     lead = layer.input.shape[:-1]
     made = zlpr_loss(stream, lead, targets, reduction=reduction, return_topk=return_topk, update=update, engine=engine)
-    return own_rows(layer, made, reduction)
+    return layer.finish(made, reduction)
 
 
 def _inputs(layer: Layer, positives: Any, softcap, logit_scale, grad_filter) -> tuple[Stream, Positives | Tensor]:
@@ -285,15 +285,6 @@ def layer_positives(layer: Layer, positives: Any) -> Positives | Tensor:
     picks, width = layer.gather_padded(here.picks.reshape(*layer.lead, k), -1)
     values = None if here.values is None else layer.gather_padded(here.values.reshape(*layer.lead, k), 0)[0].reshape(-1, width)
     return Positives(picks.reshape(-1, width), values, here.floor)
-
-
-def own_rows(layer: Layer, made: Any, reduction: str) -> Any:
-    """A loss (and the best classes) of all rows that the layer works on, as this rank's caller has them."""
-    if layer.rows is None:
-        return made
-    loss, *more = made if isinstance(made, tuple) else (made,)
-    loss = layer.own(loss) if reduction == "none" else loss
-    return (loss, TopClasses(*[layer.own(t) for t in more[0]])) if more else loss
 
 
 def streamed_loss(

@@ -5,8 +5,8 @@ chance pi = (m - P) / (M - P). With every drawn logit moved by log(1/pi) the sum
 for its expectation (`corrected`); the log-sum-exp and the gradients are then right up to its relative variance, about (M - P) / (m M)
 times that of the exponentials, and exactly where every class is taken. Without, negatives weigh pi times what they should: Partial FC.
 
-Flops: those of m classes instead of M. Nothing of size M x D is made: w[index] (m, D), and its gradient as a sparse tensor of m rows, so
-that an optimizer for sparse gradients (torch.optim.SparseAdam, SGD, Adagrad) touches these alone. m is known without looking at the
+Flops: those of m classes instead of M. Nothing of size M x D is made (`sparse`): w[index] (m, D), and its gradient as a sparse tensor of
+m rows, so that an optimizer for such (torch.optim.SparseAdam, SGD, Adagrad) touches these alone. m is known without looking at the
 targets: as many as `rate` asks for, but no fewer than there are rows, so that a GPU tells the host nothing.
 
 Bengio and Senécal, "Adaptive importance sampling to accelerate training of a neural probabilistic language model", 2008 (the correction);
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from bigclass.core.errors import ArgumentError, ArgumentTypeError
 from bigclass.core.shards import Shards
+from bigclass.parallel.collectives import counts_of
 from bigclass.parallel.layer import Layer
 
 
@@ -79,10 +80,13 @@ def sampled(layer: Layer, target: Tensor, keep: Tensor | None, sampling: Any, ce
     if any(n % centres for n in rows):
         raise ArgumentError(f"linear_weight: expected shards of whole classes of {centres} rows each, got {list(rows)} rows on the ranks")
     sizes = [n // centres for n in rows]
-    taken = [sampling.size(n, target.shape[0]) for n in sizes]
+    if sampling.sparse and layer.distributed:
+        raise ArgumentError("sample: a DTensor weight takes no sparse gradient; use ClassSampling(sparse=False), or plain shards (group=)")
     rank = 0 if shards is None else shards.ranks.rank
+    m = sampling.size(sizes[rank], target.shape[0])
+    taken = [m] if shards is None else counts_of([m], {}, {"input": layer.input}, shards.ranks)[0]
     counted = target if keep is None else torch.where(keep, target, -1)
-    start, m = sum(sizes[:rank]), taken[rank]
+    start = sum(sizes[:rank])
     index, shift = _draw(counted, start, sizes[rank], m, sampling)
     # where a class went: of another rank's any, for that rank alone looks
     starts = torch.tensor([0, *sizes], device=target.device).cumsum(0)

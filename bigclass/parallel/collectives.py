@@ -34,7 +34,7 @@ _all_gather: Any = getattr(functional, "all_gather_single", None) or getattr(fun
 _reduce_scatter: Any = getattr(functional, "reduce_scatter_single", None) or getattr(functional, "reduce_scatter_tensor", None)
 
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool)
 
 
 def batch_sizes(t: Tensor, ranks: Ranks) -> list[int]:
@@ -58,7 +58,7 @@ def row_counts(tensors: Sequence[Tensor], ranks: Ranks) -> list[list[int]]:
     return [[row[2 + i] for row in told] for i in range(len(own))]
 
 
-def counts_of(own: Sequence[int], alike: dict[str, int], tensors: Sequence[Tensor], ranks: Ranks) -> list[list[int]]:
+def counts_of(own: Sequence[int], alike: dict[str, int], tensors: dict[str, Tensor], ranks: Ranks) -> list[list[int]]:
     """Of each number of this rank's the numbers that all ranks have. alike: what must be the same on all, besides the tensors' dtypes.
 
     Their exchange is a few numbers a rank, which the host waits for. In a traced graph, which cannot wait, `own` must be alike, too: an
@@ -66,17 +66,33 @@ def counts_of(own: Sequence[int], alike: dict[str, int], tensors: Sequence[Tenso
 
     Raises:
         ValueError: ranks differ in what must be alike; on each of them."""
-    device = tensors[0].device
+    device = next(iter(tensors.values())).device
     if torch.compiler.is_compiling():
         _assert_alike([*own, *alike.values()], device, ranks, "the same number of classes and rows each")
         return [[n] * ranks.size for n in own]
-    told = _told([*own, *alike.values(), *[_kind(t) for t in tensors]], device, ranks)
+    told = _told([*own, *alike.values(), *[_kind(t) for t in tensors.values()]], device, ranks)
     checked: dict[str, list[Any]] = {name: [row[len(own) + i] for row in told] for i, name in enumerate(alike)}
-    checked |= {f"dtypes of tensor {i + 1}": [str(_KINDS[row[i - len(tensors)]]) for row in told] for i in range(len(tensors))}
+    checked |= {f"dtypes of {name}": [str(_KINDS[row[i - len(tensors)]]) for row in told] for i, name in enumerate(tensors)}
     for name, values in checked.items():
         if len(set(values)) > 1:
             raise ArgumentError(f"group: expected the same on all ranks, got {name} {values}")
     return [[row[i] for row in told] for i in range(len(own))]
+
+
+def agreed_rows(t: Tensor | None, axis: int, device: torch.device, ranks: Ranks) -> list[int]:
+    """How many rows t has along the axis on each rank, -1 where it is no tensor, once all else about it is alike.
+
+    Raises:
+        ValueError: ranks differ in its dtype or its other axes; on each of them."""
+    room, there = 6, isinstance(t, Tensor) and t.dim() > axis
+    others = [n for i, n in enumerate(t.shape) if i != axis] if isinstance(t, Tensor) and there else []
+    mine = [t.shape[axis], _kind(t), *others[:room]] if isinstance(t, Tensor) and there else [-1, -1]
+    told = _told([*mine, *[-1] * (room + 2 - len(mine))], device, ranks)
+    some = [row[1:] for row in told if row[0] >= 0]
+    if any([row != some[0] for row in some]):
+        texts = ["none" if row[0] < 0 else f"{_KINDS[row[1]]} with other axes {[n for n in row[2:] if n >= 0]}" for row in told]
+        raise ArgumentError(f"group: expected targets (or what else goes with the rows) that are alike on all ranks, got {texts}")
+    return [row[0] for row in told]
 
 
 _KINDS = (*_DTYPES, "another")

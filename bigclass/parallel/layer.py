@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bigclass.core.errors import ArgumentError, ArgumentTypeError
 from bigclass.core.shards import Layout, Shards
-from bigclass.parallel.collectives import counts_of, gather_rows, gathered, replicated, scaled_gradient
+from bigclass.parallel.collectives import agreed_rows, counts_of, gather_rows, gathered, replicated, scaled_gradient
 from bigclass.parallel.groups import Ranks
 
 GRADIENTS = ("mean", "sum")
@@ -61,7 +61,15 @@ class Spread:
     @classmethod
     def of(cls, group: Any) -> Spread | None:
         """A user's `group=`: None, a `Spread`, or the group that the classes are spread over."""
-        return group if group is None or isinstance(group, Spread) else cls(classes=group)
+        if group is None or isinstance(group, Spread):
+            return group
+        if type(group).__name__ not in ("ProcessGroup", "DeviceMesh") and not isinstance(
+            group, getattr(torch.distributed, "ProcessGroup", ())
+        ):
+            if isinstance(group, int):  # what torch.distributed.new_group gives those outside of it
+                Ranks.of(group)
+            raise ArgumentTypeError(f"group: expected a ProcessGroup or a DeviceMesh (or a Spread), got {type(group).__name__}")
+        return cls(classes=group)
 
     def __deepcopy__(self, memo: Any) -> Spread:
         return self  # of a copied head: process groups cannot be copied
@@ -109,7 +117,7 @@ class _OwnRows(torch.autograd.Function):
 class Layer:
     """A layer as this rank's part of the work. input: all rows it works on. compute_dtype: of its products, where `input` is wider.
 
-    rows: they were gathered; None: they are this rank's own, or everyone's."""
+    rows: they were gathered; None: they are this rank's own, or everyone's. distributed: are weight and bias of DTensors?"""
 
     input: Tensor
     weight: Tensor
@@ -117,6 +125,7 @@ class Layer:
     layout: Layout | None = None
     compute_dtype: torch.dtype | None = None
     rows: Rows | None = None
+    distributed: bool = False
 
     @property
     def operands(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -140,7 +149,7 @@ class Layer:
     def gather_padded(self, t: Tensor, fill: float) -> tuple[Tensor, int]:
         """(t (*lead, K) for all rows that the layer works on, K): the largest K of a rank, the rest filled."""
         assert self.rows is not None
-        (widths,) = counts_of([t.shape[-1]], {}, (t,), self.rows.ranks)
+        (widths,) = counts_of([t.shape[-1]], {}, {"positives": t}, self.rows.ranks)
         most = max(widths)
         if t.shape[-1] < most:
             t = torch.cat((t, t.new_full((*t.shape[:-1], most - t.shape[-1]), fill)), -1)
@@ -155,16 +164,38 @@ class Layer:
         """What goes with the rows (a target, a mask), for all rows the layer works on. Tensors of all rows stay as they are."""
         if isinstance(t, Tensor) and _is_dtensor(t):
             t = t.to_local()  # pyright: ignore[reportAttributeAccessIssue]
-        if self.rows is None or not isinstance(t, Tensor):
+        if self.rows is None:
             return t
-        rows, whole = self.rows, self.input.shape[self.rows.axis]
-        here, own = t.shape[rows.axis] if t.dim() > rows.axis else None, rows.sizes[rows.ranks.rank]
-        if here not in (own, whole):
+        rows, own = self.rows, self.rows.sizes[self.rows.ranks.rank]
+        t = t.long() if isinstance(t, Tensor) and t.dtype == torch.int32 else t
+        if not torch.compiler.is_compiling():
+            given = agreed_rows(t, rows.axis, self.input.device, rows.ranks)
+            if given == [self.input.shape[rows.axis]] * len(given) != list(rows.sizes):
+                return t  # all rows, on every rank
+            if given != [-1] * len(given) and given != list(rows.sizes):
+                raise ArgumentError(
+                    f"target (or what else goes with the rows): expected as many rows as input has on each rank, {list(rows.sizes)}, got "
+                    f"{given} (-1: none)"
+                )
+        elif isinstance(t, Tensor) and t.shape[rows.axis] != own:
             raise ArgumentError(f"target: expected {own} rows along axis {rows.axis} (as input), got shape {tuple(t.shape)}")
-        if max(rows.sizes) == whole:  # one rank has all rows, so its own cannot tell what the others were given
-            (given,) = counts_of([here], {}, (t,), rows.ranks)
-            return t if all([n == whole for n in given]) else rows.gather(t)
-        return t if here == whole else rows.gather(t)
+        return rows.gather(t) if isinstance(t, Tensor) else t
+
+    def refuse_cut(self, axis: int) -> None:
+        """Raise if the rows were gathered along this axis, of whose positions a result leaves out the last."""
+        if self.rows is not None and self.rows.axis == axis:
+            raise ArgumentError(
+                "shift: of positions that are spread over ranks, results of single positions would lack the last of the whole sequence; "
+                "shift the labels before they are spread, and leave shift=0"
+            )
+
+    def finish(self, out: Any, reduction: str) -> Any:
+        """A loss, or (loss, a named tuple with a tensor for each row), of all rows that the layer works on, as its caller has them."""
+        if self.rows is None:
+            return out
+        loss, *more = out if isinstance(out, tuple) else (out,)
+        loss = self.own(loss) if reduction == "none" else loss
+        return (loss, more[0]._make([self.own(t) if isinstance(t, Tensor) and t.dim() else t for t in more[0]])) if more else loss
 
     def own(self, t: Tensor) -> Tensor:
         """This rank's rows of a result (..., k) of all."""
@@ -186,13 +217,15 @@ def layer_of(input: Any, weight: Any, bias: Any, group: Any) -> Layer:
     spread = Spread.of(group) or Spread()
     classes, batch, sizes = Ranks.of(spread.classes), Ranks.of(spread.batch), spread.class_sizes
     distributed = _is_dtensor(weight)
+    if distributed and batch is not None:
+        _check_apart(weight, batch)
     if distributed:
         weight, bias, classes, sizes = _of_dtensors(weight, bias, classes)
     elif _is_dtensor(bias):
         raise ArgumentError("linear_bias: a DTensor beside a linear_weight that is none; distribute both, or neither")
     same, axis = batch is not None and classes is not None and batch.name == classes.name, 0
     if _is_dtensor(input):
-        input, found = _local_input(input, classes)
+        input, found = _local_input(input, classes, batch)
         if found is None and same:
             raise ArgumentError("input: a DTensor that is the same on all ranks, but group= spreads the batch over them; leave batch=None")
         if found is not None:
@@ -203,18 +236,20 @@ def layer_of(input: Any, weight: Any, bias: Any, group: Any) -> Layer:
             "gathers it; if its classes are sharded, say how the batch lies: group=Spread(classes=mesh['tp']) for the same rows on all "
             "these ranks, Spread(classes=mesh['tp'], batch=mesh['tp']) for rows spread over them"
         )
+    if same and input.dim() < 2:
+        raise ArgumentError(f"input: expected at least two axes (..., D) where rows are spread, got shape {tuple(input.shape)}")
     factor = float(batch.size) if batch is not None and spread.gradients == "mean" else 1.0
     if classes is None:
-        return Layer(input, weight, bias, None if batch is None else Layout(None, batch, factor))
+        return Layer(input, weight, bias, None if batch is None else Layout(None, batch, factor), distributed=distributed)
     of_rank, rows = _agreed(input, weight, bias, classes, axis, same, sizes)
     layout = Layout(Shards(classes, of_rank), None if same else batch, 1.0 if same else factor)
     dtype = torch.promote_types(input.dtype, weight.dtype)
     if same:
         x = gather_rows(scaled_gradient(input, factor).movedim(axis, 0), rows, classes).movedim(0, axis)
-        return Layer(x, weight, bias, layout, _narrow(dtype, x), Rows(classes, rows, axis, 1.0 / factor))
+        return Layer(x, weight, bias, layout, _narrow(dtype, x), Rows(classes, rows, axis, 1.0 / factor), distributed)
     if input.requires_grad and torch.is_grad_enabled():
         input = replicated(input.to(torch.promote_types(input.dtype, torch.float32)), classes)
-    return Layer(input, weight, bias, layout, _narrow(dtype, input))
+    return Layer(input, weight, bias, layout, _narrow(dtype, input), None, distributed)
 
 
 def _narrow(dtype: torch.dtype, x: Tensor) -> torch.dtype | None:
@@ -225,6 +260,17 @@ def _narrow(dtype: torch.dtype, x: Tensor) -> torch.dtype | None:
 def _is_dtensor(t: Any) -> bool:
     # by name: torch.distributed.tensor takes a while to import, and who has a DTensor has imported it
     return isinstance(t, Tensor) and type(t).__name__ == "DTensor" and hasattr(t, "placements")
+
+
+def _check_apart(weight: Any, batch: Ranks) -> None:
+    """Raise for a DTensor that claims to be replicated over ranks with different rows: its gradient there would be different, too."""
+    for i, p in enumerate(weight.placements):
+        here = Ranks.of(weight.device_mesh.get_group(i)) if p.is_replicate() else None
+        if here is not None and here.name == batch.name:
+            raise ArgumentError(
+                "linear_weight: a DTensor with Replicate() over the ranks that the batch is spread over, whose gradients no placement "
+                "describes; keep that axis out of its mesh, and let FSDP (fully_shard with mesh=) or DistributedDataParallel combine them"
+            )
 
 
 def _of_dtensors(weight: Any, bias: Any, group: Ranks | None) -> tuple[Tensor, Any, Ranks | None, tuple[int, ...] | None]:
@@ -241,7 +287,11 @@ def _of_dtensors(weight: Any, bias: Any, group: Ranks | None) -> tuple[Tensor, A
         raise ArgumentError(f"linear_bias: expected a DTensor on linear_weight's mesh with its placements {tuple(places)}, got {got}")
     w, b = weight.to_local(grad_placements=places), None if bias is None else bias.to_local(grad_placements=places)
     if not axes:
-        return w, b, group, None
+        if group is not None:
+            raise ArgumentError(
+                "linear_weight: a DTensor that is whole on every rank, but group= says that its classes are spread; leave classes=None"
+            )
+        return w, b, None, None
     found = Ranks.of(mesh.get_group(axes[0]))
     if group is not None and (found is None or found.name != group.name):
         raise ArgumentError("group: its classes are another group than the mesh axis that linear_weight, a DTensor, is sharded along")
@@ -253,7 +303,7 @@ def _of_dtensors(weight: Any, bias: Any, group: Ranks | None) -> tuple[Tensor, A
     return w, b, found, sizes
 
 
-def _local_input(input: Any, classes: Ranks | None) -> tuple[Tensor, int | None]:
+def _local_input(input: Any, classes: Ranks | None, batch: Ranks | None) -> tuple[Tensor, int | None]:
     """(this rank's rows, the axis they are spread along; None: they are the same on all of these ranks) of a DTensor."""
     mesh, places = input.device_mesh, input.placements
     if any(p.is_partial() for p in places):
@@ -265,12 +315,17 @@ def _local_input(input: Any, classes: Ranks | None) -> tuple[Tensor, int | None]
         if p.is_replicate():
             continue
         if p.dim == input.dim() - 1:
-            raise ArgumentError(
-                f"input: expected whole features on each rank, got placements {tuple(places)}; redistribute it"
-            )
+            raise ArgumentError(f"input: expected whole features on each rank, got placements {tuple(places)}; redistribute it")
         here = Ranks.of(mesh.get_group(i))
-        if classes is not None and here is not None and here.name == classes.name:
+        if here is None:
+            continue
+        if classes is not None and here.name == classes.name:
             found = p.dim
+        elif batch is None or here.name != batch.name:
+            raise ArgumentError(
+                f"input: its rows are sharded, {tuple(places)}, along an axis of its mesh that is not that of the classes; say that the "
+                "batch is spread there, group=Spread(classes=..., batch=mesh[axis])"
+            )
     return input.to_local(grad_placements=places), found
 
 
@@ -278,14 +333,23 @@ def _agreed(
     x: Tensor, w: Tensor, b: Tensor | None, ranks: Ranks, axis: int, spread: bool, sizes: tuple[int, ...] | None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(classes of each rank, rows of each rank along the axis), once the ranks agree in all that must be alike."""
-    if sizes is not None and not spread and x.device.type != "cpu":
+    if sizes is not None and not spread and (x.device.type != "cpu" or torch.compiler.is_compiling()):
         return _checked(sizes, w, ranks), ()  # nothing to ask, so nothing for the host to wait for
-    alike = {"features": w.shape[1], "bias or none": int(b is not None), "axes": x.dim()}
+    alike = {
+        "features": w.shape[1],
+        "features of input": x.shape[-1],
+        "bias or none": int(b is not None),
+        "a bias that fits": int(b is None or b.shape[0] == w.shape[0]),
+        "input that requires a gradient": int(x.requires_grad and torch.is_grad_enabled()),
+        "axes": x.dim(),
+    }
     for i, n in enumerate(x.shape[:-1]):
         if not spread or i != axis:
             alike[f"input.shape[{i}]"] = n
-    classes, length = counts_of([w.shape[0], x.shape[axis]], alike, (x, w), ranks)
+    classes, length = counts_of([w.shape[0], x.shape[axis]], alike, {"input": x, "linear_weight": w}, ranks)
     found = tuple(classes)
+    if not any(found):
+        raise ArgumentError("linear_weight: expected at least one class on one of the ranks, got none")
     if sizes is not None and tuple(sizes) != found:
         raise ArgumentError(f"class_sizes: expected the shards that the ranks have, {list(found)}, got {list(sizes)}")
     return found, tuple(length)

@@ -72,7 +72,8 @@ def test_a_step_sends_what_is_written_down(on_two_ranks):
         assert found["ce"] == {"all_reduce": [rows, rows, rows, dx]}  # largest logit, sum, picked logit; dx
         assert found["ce frozen features"] == {"all_gather": told, "all_reduce": [rows, rows, rows]}
         own = N // world
-        assert found["ce both"].pop("all_gather") == [8 * own, told[0] - 8, 4 * own * D]  # labels; features in their own dtype
+        # labels, what they must be alike in, features in their own dtype, and what the layers must be alike in
+        assert found["ce both"].pop("all_gather") == sorted([8 * own, 64, 4 * own * D, told[0] - 8])
         assert found["ce both"] == {
             "all_reduce": [rows, rows, rows],
             "reduce_scatter": [dx],
@@ -97,7 +98,7 @@ def on_two_ranks():
 def refusals(rank: int, world: int) -> dict[str, str]:
     x, w, y = torch.randn(N, D), torch.randn(10, D), torch.zeros(N, dtype=torch.int64)
     group = dist.group.WORLD
-    pair = dist.new_group([0, 1])
+    pair, both = dist.new_group([0, 1]), bigclass.Spread(classes=group, batch=group)
     calls = {
         "rows": lambda: bigclass.linear_cross_entropy(x[: N - rank], w, y[: N - rank], group=group),
         "features": lambda: bigclass.linear_cross_entropy(x[:, : D - rank], w[:, : D - rank], y, group=group),
@@ -110,6 +111,11 @@ def refusals(rank: int, world: int) -> dict[str, str]:
         "type": lambda: bigclass.linear_cross_entropy(x, w, y, group="tp"),
         "lora": lambda: bigclass.linear_cross_entropy(x, w, y, lora=(torch.ones(2, D), torch.ones(10, 2), 1.0), group=group),
         "update": lambda: bigclass.linear_cross_entropy(x, w.requires_grad_(), y, update=bigclass.GradAccumulator(), group=group),
+        "target rows": lambda: bigclass.linear_cross_entropy(x, w, y[: N - rank], group=both),
+        "target dtype": lambda: bigclass.linear_cross_entropy(x, w, y if rank else torch.rand(N, 10 * world), group=both),
+        "no class": lambda: bigclass.linear_cross_entropy(x, w[:0], y, group=group),
+        "gradient": lambda: bigclass.linear_cross_entropy(x.clone().requires_grad_(rank == 0), w, y, group=group),
+        "shift": lambda: bigclass.linear_cross_entropy(x, w, y, shift=1, reduction="none", group=both),
         "columns": lambda: bigclass.linear_margin_loss(x, w[:9], y, subcenters=2, group=group),
     }
     found = {}
@@ -137,6 +143,11 @@ def test_what_ranks_disagree_in_is_refused_on_all_of_them():
             "lora": "lora: is not offered with group=",
             "update": "update:",
             "columns": "divides the 9 rows",
+            "target rows": "[12, 12, 12], got [12, 11, 10]",
+            "target dtype": "alike on all ranks",
+            "no class": "at least one class",
+            "gradient": "input that requires a gradient [1, 0, 0]",
+            "shift": "shift the labels before they are spread",
         }.items():
             assert text in found[name], (rank, name, found[name])
     assert "is no member" in results[2]["member"]

@@ -86,6 +86,20 @@ def test_only_rows_that_were_used_are_touched_and_positives_always_are():
     assert float(few) > 0.0
 
 
+def test_small_problems_and_any_ignored_class_are_sampled_too():
+    """Both have roads of their own past the draw."""
+    x, w, _, _ = problem(200)
+    w.requires_grad_()
+    y = torch.tensor([4, 150, 3, 9, 7, 199])
+    bigclass.linear_cross_entropy(x, w, y, sample=bigclass.ClassSampling(0.1)).backward()
+    assert w.grad is not None and w.grad.is_sparse
+    for ignored in (0, 1, 3):  # the places of targets in a small sample
+        rows = bigclass.linear_cross_entropy(
+            x, w, y, ignore_index=ignored, reduction="none", sample=bigclass.ClassSampling(0.03, torch.Generator().manual_seed(1))
+        )
+        assert (rows == 0.0).tolist() == (y == ignored).tolist()
+
+
 def test_what_cannot_be_sampled_is_refused():
     x, w, _, y = problem(40)
     half = bigclass.ClassSampling(0.5)

@@ -75,7 +75,7 @@ def of_every_head(rank: int, world: int) -> dict[str, list[float]]:
             values, classes = head.predict(x[mine], 3)
             right_values, right_classes = reference.predict(x[mine], 3)
             errors += [relative(values, right_values), float((classes != right_classes).sum())]
-            if layout == "same" and name in ("cce", "lm", "multilabel"):
+            if layout == "same" and name != "zlpr":
                 errors.append(relative(head.eval()(x), reference.eval()(x)))
             found[f"{name} {layout}"] = errors
     return found
@@ -135,6 +135,31 @@ def lazily(rank: int, world: int) -> dict[str, float]:
     per_row = bigclass.linear_cross_entropy(three, w.detach(), labels, reduction="none")
     found["positions"] = relative(rows, distribute_tensor(per_row, mesh, [Shard(1)]).to_local())
 
+    # what is added to lazy logits and learns; criteria of rows that are spread
+    vector, made = torch.linspace(-1.0, 1.0, C, dtype=x.dtype), []
+    for one in (whole, head):
+        v = vector.clone().requires_grad_()
+        ((one(x.clone().requires_grad_()) + v) * 1.3).logsumexp(-1).mean().backward()
+        made.append(v.grad)
+    found["learning vector"] = relative(made[1], made[0])
+    over_batch = bigclass.CCEHead.adopt(nn.Linear(D, C).double(), group=bigclass.Spread(batch=dist.group.WORLD, gradients="sum"))
+    over_batch.load_state_dict(whole.state_dict())
+    plain = bigclass.CCEHead.adopt(copy.deepcopy(over_batch).to(x.dtype), group=None)
+    rows = slice(0, 3) if rank == 0 else slice(3, N)
+    soft = torch.softmax(x @ vector[:D].outer(vector), -1)
+    hot = (soft > 1.0 / C).to(x.dtype)
+    for name, criterion_of, target in (
+        ("kl_div", lambda s, t: nn.functional.kl_div(s.log_softmax(-1), t, reduction="batchmean"), soft),
+        ("soft margin", bigclass.convert_criterion(nn.MultiLabelSoftMarginLoss(reduction="sum")), hot),
+        ("cross-entropy", nn.CrossEntropyLoss(), y),
+        ("bce", nn.BCEWithLogitsLoss(), hot),
+    ):
+        made = [
+            criterion_of(plain(x.clone().requires_grad_()), target),
+            criterion_of(over_batch(x[rows].clone().requires_grad_()), target[rows]),
+        ]
+        found[f"criterion {name}"] = relative(made[1], made[0])
+
     dw = distribute_tensor(w.detach(), mesh, [Shard(0)])
     for message, call in {
         "a DTensor beside an input that is none": lambda: bigclass.linear_cross_entropy(x, dw, y),
@@ -145,6 +170,17 @@ def lazily(rank: int, world: int) -> dict[str, float]:
             DTensor.from_local(x, mesh, [Partial()], run_check=False), dw, y
         ),
         "expected whole features": lambda: bigclass.linear_cross_entropy(distribute_tensor(x, mesh, [Shard(1)]), dw, y),
+        "whole on every rank": lambda: bigclass.linear_cross_entropy(x, distribute_tensor(w.detach(), mesh, [Replicate()]), y, group=mesh),
+        "its rows are sharded": lambda: bigclass.linear_cross_entropy(distribute_tensor(x, mesh, [Shard(0)]), w.detach(), y),
+        "no placement describes": lambda: bigclass.linear_cross_entropy(
+            x, distribute_tensor(w.detach(), mesh, [Replicate()]), y, group=bigclass.Spread(batch=mesh)
+        ),
+        "takes no sparse gradient": lambda: bigclass.shard_classes(bigclass.CCEHead(D, C).double(), mesh)(
+            x, y, sample=bigclass.ClassSampling(0.5)
+        ),
+        "belongs to a loss": lambda: head(x, sample=bigclass.ClassSampling(0.5)),
+        "cannot tell": lambda: head.release(),
+        "expected a ProcessGroup or a DeviceMesh": lambda: bigclass.CCEHead(D, C, group="tp"),
         "linear_bias: a DTensor": lambda: bigclass.linear_cross_entropy(
             x, w.detach(), y, linear_bias=distribute_tensor(torch.zeros(C, dtype=x.dtype), mesh, [Shard(0)])
         ),
@@ -152,7 +188,7 @@ def lazily(rank: int, world: int) -> dict[str, float]:
         "is a DTensor already": lambda: bigclass.shard_classes(head, mesh),
         "do not fall on": lambda: bigclass.shard_classes(bigclass.MarginHead(D, 3 * world - 1, subcenters=2), mesh),
     }.items():
-        with pytest.raises(bigclass.ArgumentError) as caught:
+        with pytest.raises((bigclass.ArgumentError, bigclass.ArgumentTypeError)) as caught:
             call()
         assert message in str(caught.value), str(caught.value)
     return found

@@ -40,7 +40,7 @@ from bigclass.losses.cross_entropy import cross_entropy
 from bigclass.losses.inputs import checked_picks, filter_of, in_autocast, open_layer
 from bigclass.losses.targets import SparseTarget
 from bigclass.parallel.classes import own, reduce_logits, shards_of
-from bigclass.parallel.collectives import gather_classes
+from bigclass.parallel.collectives import gather_classes, replicated
 
 
 @dataclass(eq=False, repr=False)
@@ -210,7 +210,8 @@ class LazyLogits(Axes):
         wide = s.accumulate_dtype
         b = by.reshape(-1).to(wide) if isinstance(by, Tensor) else torch.full((1,), float(by), dtype=wide, device=self.device)
         b, shards = (b / s.scale).expand(s.shape[1]), shards_of(s)
-        b = b if shards is None else shards.vector(b)
+        if shards is not None:  # each rank's part of it gets a part of its gradient
+            b = shards.vector(replicated(b, shards.ranks) if b.requires_grad and torch.is_grad_enabled() else b)
         dtype = _promoted(self.dtype, by)
         return self._with(replace(s, bias=b if s.bias is None else s.bias.to(wide) + b), dtype=dtype)
 

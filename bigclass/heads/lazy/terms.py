@@ -26,7 +26,7 @@ from bigclass.losses.classwise import binary_cross_entropy
 from bigclass.losses.cross_entropy import cross_entropy
 from bigclass.losses.inputs import checked_picks
 from bigclass.losses.targets import SparseTarget
-from bigclass.parallel.classes import reduce_logits
+from bigclass.parallel.classes import over_batch, reduce_logits
 
 
 class _Terms(Lazy):
@@ -204,8 +204,9 @@ class LazyLogProbs(_Terms):
         lazy.check()
         wide = lazy.stream.accumulate_dtype
         own = (t * target).sum(dtype=wide) if log_target else torch.special.xlogy(t, t).sum(dtype=wide)
-        loss = cross_entropy(lazy.stream, lazy.lead, t, reduction="sum", engine=lazy.engine) + own
+        loss = cross_entropy(lazy.stream, lazy.lead, t, reduction="sum", engine=lazy.engine) + over_batch(own, lazy.stream)
         by = {"sum": 1, "batchmean": self.shape[0], "mean": self.numel()}[reduction]
+        by = over_batch(float(by), lazy.stream) if reduction != "sum" else by
         return (loss / by).to(result_dtype(self.dtype))
 
 
