@@ -12,7 +12,7 @@ Every loss is arithmetic on what the first returns. With g_i what reached row i'
 
 Costs in flops: 2NCD for the forward; 8NCD for reduce_logits with its backward, 6NCD for stream_loss. Memory: plan.py.
 
-Two streams over the same classes are compared in compare.py.
+Two streams over the same classes are compared in compare.py. Classes that are spread over ranks: parallel/classes.py, which calls this.
 
 Both are custom ops (custom_ops.py; one graph under torch.compile). The dense engine is the exception: plain autograd, no custom op.
 """

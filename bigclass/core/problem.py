@@ -106,6 +106,11 @@ def is_affine(row_loss: str, picks: Tensor | None, folds: Sequence[Fold], args: 
     return row_loss in AFFINE and sums and len(folds) > 0 and not any(a.requires_grad for a in args)
 
 
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """float64 where there is one: of what is counted, divided by and drawn once a row."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def is_half(stream: Stream) -> bool:
     """Is any operand of the products of a 16-bit type?"""
     return any(t.dtype.itemsize == 2 for pair in stream.pairs for t in pair)

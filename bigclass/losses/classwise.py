@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bigclass.core.errors import ArgumentError, ArgumentTypeError
 from bigclass.core.folds import Fold, State
+from bigclass.core.problem import exact_dtype
 from bigclass.core.row_losses import ROW_LOSSES, register_row_loss
 from bigclass.core.shards import Shards
 from bigclass.core.stream import Stream
@@ -77,7 +77,7 @@ class Rows:
         numbers: Sequence[float] = (),
     ) -> tuple[Tensor, list[State]]:  # fmt: skip
         """The sum over rows of factor times a row loss, or the (N,) losses; the observed states. args: those after the factor."""
-        n, factor, exact = stream.shape[0], self.factor, torch.float32 if stream.device.type == "mps" else torch.float64
+        n, factor, exact = stream.shape[0], self.factor, exact_dtype(stream.device)
         one = factor if isinstance(factor, Tensor) else stream.tensors[0].new_full((), factor, dtype=exact)
         args = [one.expand(n), *args]
         if not self.rowwise:

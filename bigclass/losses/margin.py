@@ -31,6 +31,7 @@ from bigclass.core.errors import ArgumentError, ArgumentTypeError
 from bigclass.core.folds import Fold, LogSumExp, log_sum
 from bigclass.core.guards import autocast_off
 from bigclass.core.norms import EPSILON, inverse_norms
+from bigclass.core.problem import exact_dtype
 from bigclass.core.row_losses import ROW_LOSSES, register_row_loss
 from bigclass.core.stream import Stream
 from bigclass.core.updates import SlabUpdate
@@ -238,11 +239,7 @@ def _of_rows(name: str, margin: float | Tensor, target: Tensor | None) -> float 
         raise ArgumentError(f"margin: expected {wanted} for {name}, got {margin.dtype} {tuple(margin.shape)} on {margin.device}")
     if margin.requires_grad and torch.is_grad_enabled():
         raise ArgumentError(f"margin: {name} is a constant and gets no gradient; pass {name}.detach()")
-    return margin.reshape(-1).to(_exact(margin.device))
-
-
-def _exact(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64
+    return margin.reshape(-1).to(exact_dtype(margin.device))
 
 
 @dataclass(frozen=True)
@@ -293,7 +290,9 @@ class Cosines:
                 cosines = target_cosines(x.detach(), w.detach(), picks)
             else:  # each from the rank that has the class
                 here = shards.picks(picks)
-                cosines = target_cosines(x.detach(), w.detach(), here) if w.shape[0] else x.new_zeros(picks.shape, dtype=_exact(x.device))
+                cosines = (
+                    target_cosines(x.detach(), w.detach(), here) if w.shape[0] else x.new_zeros(picks.shape, dtype=exact_dtype(x.device))
+                )
                 cosines = sum_over(torch.where(here >= 0, cosines, 0.0), shards.ranks)
             best, at = cosines.max(1, keepdim=True)
         nearest = torch.zeros_like(cosines).scatter(1, at, 1.0)
@@ -426,7 +425,7 @@ _PIECE = {"cpu": 1 << 18, "other": 1 << 24}
 @torch.library.custom_op("bigclass::target_cosines", mutates_args=())
 def target_cosines(x: Tensor, w: Tensor, picks: Tensor) -> Tensor:
     """cos(x_i, w_p) for p = picks[i, k], in float64 (N, K): N K dot products. Without gradients."""
-    (n, k), wide = picks.shape, _exact(x.device)
+    (n, k), wide = picks.shape, exact_dtype(x.device)
     out = x.new_empty((n, k), dtype=wide)
     step = max(_PIECE["cpu" if x.device.type == "cpu" else "other"] // max(k * x.shape[1], 1), 1)
     for at in range(0, n, step):
@@ -439,4 +438,4 @@ def target_cosines(x: Tensor, w: Tensor, picks: Tensor) -> Tensor:
 
 @target_cosines.register_fake
 def _(x, w, picks):
-    return x.new_empty(picks.shape, dtype=_exact(x.device))
+    return x.new_empty(picks.shape, dtype=exact_dtype(x.device))

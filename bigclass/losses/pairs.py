@@ -13,6 +13,7 @@ from bigclass.core.errors import ArgumentError, ArgumentTypeError
 from bigclass.core.folds import Fold, State
 from bigclass.core.op import reduce_logits, spread_engine
 from bigclass.core.plan import settings
+from bigclass.core.problem import exact_dtype
 from bigclass.core.stream import Stream
 from bigclass.losses.inputs import INDEX_DTYPES, check_range, check_scale, check_tensor, filter_of, in_autocast
 from bigclass.losses.positives import read_positives, repeated
@@ -120,7 +121,7 @@ class Batch:
     @property
     def exact(self) -> torch.dtype:
         """Of sums over images or texts."""
-        return torch.float32 if self.stream.device.type == "mps" else torch.float64
+        return exact_dtype(self.stream.device)
 
     def fold(self, stream: Stream, folds: list[Fold]) -> tuple[list[State], Tensor]:
         """States and picked logits (N, K + Q); of columns, this rank's part."""

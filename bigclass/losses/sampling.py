@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from bigclass.core.errors import ArgumentError, ArgumentTypeError
+from bigclass.core.problem import exact_dtype
 from bigclass.core.shards import Shards
 from bigclass.parallel.collectives import counts_of
 from bigclass.parallel.layer import Layer
@@ -117,8 +118,8 @@ def _draw(target: Tensor, start: int, classes: int, m: int, sampling: ClassSampl
     draws = torch.rand(classes, generator=sampling.generator, device=target.device)
     index = (draws + 2.0 * wanted).topk(m).indices.sort().values
     if not sampling.corrected or m == classes:
-        return index, torch.zeros(m, dtype=torch.float64 if target.device.type != "mps" else torch.float32, device=target.device)
-    there = wanted.sum(dtype=torch.float64 if target.device.type != "mps" else torch.float32)
+        return index, torch.zeros(m, dtype=exact_dtype(target.device), device=target.device)
+    there = wanted.sum(dtype=exact_dtype(target.device))
     move = torch.log((classes - there) / (m - there).clamp_min(1.0))
     return index, torch.where(wanted[index], 0.0, move)
 

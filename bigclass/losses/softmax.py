@@ -33,7 +33,7 @@ from torch import Tensor
 from bigclass.core.folds import Dot, Fold, LogSumExp, State, Total, log_sum, log_sum_exp
 from bigclass.core.guards import autocast_off
 from bigclass.core.op import empty_report
-from bigclass.core.problem import beside
+from bigclass.core.problem import beside, exact_dtype
 from bigclass.core.row_losses import ROW_LOSSES, register_row_loss
 from bigclass.core.stream import Stream
 from bigclass.core.topk import TopK
@@ -193,7 +193,7 @@ def _join(parts: list[Tensor], shape) -> Tensor:
 
 def factor_dtype(stream: Stream) -> torch.dtype:
     """Of the row factors and of the sum over rows: float64, for 1/N in fp32 would shift every loss by the same rounding."""
-    return torch.float32 if stream.device.type == "mps" else torch.float64
+    return exact_dtype(stream.device)
 
 
 class _Prepared(NamedTuple):

@@ -25,7 +25,7 @@ from bigclass.core.custom_ops import checked_in_graph
 from bigclass.core.engines.filter import exact_report
 from bigclass.core.errors import ArgumentError
 from bigclass.core.folds import Fold, State
-from bigclass.core.problem import assert_picks, squeezed
+from bigclass.core.problem import assert_picks, exact_dtype, squeezed
 from bigclass.core.shards import Shards
 from bigclass.core.stream import Stream
 from bigclass.core.topk import TopK
@@ -101,7 +101,7 @@ def over_batch(count: float | Tensor, stream: Stream) -> float | Tensor:
     layout = stream.layout
     if layout is None or layout.batch is None:
         return count
-    exact = torch.float32 if stream.device.type == "mps" else torch.float64
+    exact = exact_dtype(stream.device)
     t = count if isinstance(count, Tensor) else stream.tensors[0].new_full((), count, dtype=exact)
     return sum_over(t.detach(), layout.batch)
 
