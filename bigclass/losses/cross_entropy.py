@@ -129,6 +129,8 @@ def linear_cross_entropy(
         loss = arguments.run_small(input, linear_weight, linear_bias, target)
         if loss is not None:
             return loss
+    if shift and (reduction == "none" or return_stats):
+        layer.refuse_cut(len(lead) - 1)
     if sample is not None:
         given = (softcap, lora, weight, update, label_smoothing or None, logit_scale if isinstance(logit_scale, Tensor) else None)
         if positions or probabilities or any([a is not None for a in given]):
@@ -136,8 +138,6 @@ def linear_cross_entropy(
                 "sample: is for class indices and a weight (C, D), without softcap, lora, weight, update, label_smoothing and with a "
                 "number for logit_scale; leave these out, or sample=None"
             )
-        if shift and (reduction == "none" or return_stats):
-            layer.refuse_cut(len(lead) - 1)
         loss = _sampled(layer, target, sample, logit_scale, grad_filter, arguments)
         return layer.finish(loss, reduction)
     if positions:
@@ -147,8 +147,6 @@ def linear_cross_entropy(
             raise ArgumentError("return_stats: of a K-dimensional loss each position has a filter of its own; leave it or grad_filter out")
         return _per_position(input, linear_weight, linear_bias, target, probabilities, softcap, logit_scale, grad_filter, arguments)
     stream = make_stream(input, linear_weight, linear_bias, softcap, logit_scale, pairs=pairs, grad_filter=grad_filter, layer=layer)
-    if shift and (reduction == "none" or return_stats):
-        layer.refuse_cut(len(lead) - 1)
     return layer.finish(arguments.run(stream, lead, target), reduction)
 
 

@@ -104,7 +104,7 @@ def _kind(t: Tensor) -> int:
 
 def _told(numbers: Sequence[int], device: torch.device, ranks: Ranks) -> list[list[int]]:
     """The numbers of each rank."""
-    return wait(_all_gather(torch.tensor(numbers, device=device), 0, ranks.name)).view(ranks.size, -1).tolist()
+    return all_of(torch.tensor(numbers, device=device), ranks).tolist()
 
 
 def _assert_alike(numbers: Sequence[int], device: torch.device, ranks: Ranks, what: str) -> None:
@@ -117,6 +117,16 @@ def _assert_alike(numbers: Sequence[int], device: torch.device, ranks: Ranks, wh
 def wait(t: Tensor) -> Tensor:
     """t, once it has arrived."""
     return functional.wait_tensor(t)
+
+
+def summed(t: Tensor, ranks: Ranks) -> Tensor:
+    """The sum of t over the ranks; no gradient."""
+    return wait(functional.all_reduce(t, "sum", ranks.name))
+
+
+def all_of(t: Tensor, ranks: Ranks) -> Tensor:
+    """(W, *t.shape), t of all ranks, which has one shape; no gradient."""
+    return wait(_all_gather(t.contiguous(), 0, ranks.name)).view(ranks.size, *t.shape)
 
 
 def padded(t: Tensor, rows: int) -> Tensor:
@@ -186,7 +196,7 @@ def gather_rows(t: Tensor, sizes: Sequence[int], ranks: Ranks) -> Tensor:
 class _SumOver(torch.autograd.Function):
     @staticmethod
     def forward(ctx, t, ranks):
-        return wait(functional.all_reduce(t, "sum", ranks.name))
+        return summed(t, ranks)
 
     @staticmethod
     def backward(ctx, grad):
@@ -206,7 +216,7 @@ class _Replicated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return wait(functional.all_reduce(grad * ctx.factor, "sum", ctx.ranks.name)), None, None
+        return summed(grad * ctx.factor, ctx.ranks), None, None
 
 
 def replicated(t: Tensor, ranks: Ranks, factor: float = 1.0) -> Tensor:
@@ -228,16 +238,6 @@ class _ScaledGradient(torch.autograd.Function):
 def scaled_gradient(t: Tensor, factor: float) -> Tensor:
     """t, with factor times its gradient."""
     return t if factor == 1.0 else _ScaledGradient.apply(t, factor)
-
-
-def summed(t: Tensor, ranks: Ranks) -> Tensor:
-    """The sum of t over the ranks; no gradient."""
-    return wait(functional.all_reduce(t, "sum", ranks.name))
-
-
-def all_of(t: Tensor, ranks: Ranks) -> Tensor:
-    """(W, *t.shape), t of all ranks, which has one shape; no gradient."""
-    return wait(_all_gather(t.contiguous(), 0, ranks.name)).view(ranks.size, *t.shape)
 
 
 class _GatherClasses(torch.autograd.Function):
