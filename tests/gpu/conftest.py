@@ -1,17 +1,33 @@
-"""Tests that need a CUDA device: `python -m pytest -m gpu`. Where there is one, a JSON file names it and what passed there."""
+"""Tests that need a CUDA device: `python -m pytest -m gpu` (`-n 8` where pytest-xdist is installed).
+
+Where there is a device, a JSON file in benchmarks/results (or the folder that BIGCLASS_GPU_RESULTS names) says which it was and what each
+test came to. It is written after every test, so that a run that is cut short has not been for nothing. A test that leaves the device broken
+(after an illegal access nothing works in that process) ends its process with exit code `BROKEN`, one that hangs ends it, too.
+"""
 
 from __future__ import annotations
 
+import faulthandler
 import json
+import os
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-FOLDER = Path(__file__).parents[2] / "benchmarks" / "results"
+from tests.gpu.support import ON_CPU
+
+FOLDER = Path(os.environ.get("BIGCLASS_GPU_RESULTS") or Path(__file__).parents[2] / "benchmarks" / "results")
+STARTED = time.strftime("%Y-%m-%dT%H-%M-%S")
+BROKEN = 86
+LONGEST = 400  # seconds of a test, its subprocesses' included, after which the process gives up
 
 _outcomes: dict[str, dict[str, object]] = {}
+_head: dict[str, Any] = {}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -19,31 +35,56 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.gpu)
-            if not torch.cuda.is_available():
+            if not torch.cuda.is_available() and not ON_CPU:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture(autouse=True)
+def ends_one_day(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A kernel that hangs cannot be interrupted: the process ends, and says where it was."""
+    if not ON_CPU:
+        faulthandler.dump_traceback_later(LONGEST, exit=True, file=sys.__stderr__)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Keep what each test of this folder came to."""
-    if "tests/gpu/" in report.nodeid and (report.when == "call" or report.failed):
-        _outcomes[report.nodeid] = {"outcome": report.outcome, "seconds": round(report.duration, 3)}
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Write the file, if anything ran on a device."""
-    if not _outcomes or not torch.cuda.is_available():
+    """Keep what each test of this folder came to, and write it where tests are collected from (by workers, too)."""
+    if "tests/gpu/" not in report.nodeid:
         return
-    from benchmarks.machine import describe_machine, describe_versions
+    if report.when == "call" or not report.passed:
+        known = _outcomes.get(report.nodeid)
+        if known is None or known["outcome"] == "passed":
+            note = report.longreprtext.splitlines()[-12:] if report.failed else report.longrepr[2:] if report.skipped else []
+            _outcomes[report.nodeid] = {"outcome": report.outcome, "seconds": round(report.duration, 3)} | ({"note": note} if note else {})
+        if torch.cuda.is_available() and "PYTEST_XDIST_WORKER" not in os.environ:
+            _write()
+    if report.failed and torch.cuda.is_available() and not hasattr(report, "node") and _broken():
+        sys.__stderr__.write(f"{report.nodeid} left the device broken\n")  # pyright: ignore[reportOptionalMemberAccess]
+        os._exit(BROKEN)
 
-    device = torch.device("cuda")
-    started = time.strftime("%Y-%m-%dT%H-%M-%S")
-    content = {
-        "command": "python -m pytest -m gpu",
-        "finished": started,
-        "machine": describe_machine(device),
-        "versions": describe_versions(),
-        "passed": sum(o["outcome"] == "passed" for o in _outcomes.values()),
-        "tests": _outcomes,
-    }
-    FOLDER.mkdir(exist_ok=True)
-    (FOLDER / f"gpu-tests-{started}.json").write_text(json.dumps(content, indent=1))
+
+def _broken() -> bool:
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return True
+    return False
+
+
+def _write() -> None:
+    """The file, anew."""
+    if not _head:
+        from benchmarks.machine import describe_machine, describe_versions
+
+        command = "python -m pytest " + " ".join(sys.argv[1:])
+        _head.update(command=command, started=STARTED, machine=describe_machine(torch.device("cuda")), versions=describe_versions())
+    counts = {which: sum(o["outcome"] == which for o in _outcomes.values()) for which in ("passed", "failed", "skipped")}
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    content = {**_head, "finished": time.strftime("%Y-%m-%dT%H-%M-%S"), **counts, "tests": _outcomes}
+    (FOLDER / f"gpu-tests-{STARTED}.json").write_text(json.dumps(content, indent=1))
+
+
+if ON_CPU:  # the interpreter is quicker so
+    from tests.core.fused.conftest import one_patch_a_launch  # noqa: F401
