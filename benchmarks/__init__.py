@@ -12,5 +12,6 @@ measure     one case (shape, dtype, data) from operands to figures
 machine     the hardware and the versions
 report      the tables, the JSON file and the plot of time against memory
 scaling     `--scaling`: time and memory against N and against C
+gpu         `python -m benchmarks.gpu`: everything a GPU can tell, in stages; limits, rates and kernel_times are its parts
 compare     `python -m benchmarks compare`: two result files side by side
 """

@@ -24,6 +24,7 @@ from tests.gpu.support import ON_CPU
 FOLDER = Path(os.environ.get("BIGCLASS_GPU_RESULTS") or Path(__file__).parents[2] / "benchmarks" / "results")
 STARTED = time.strftime("%Y-%m-%dT%H-%M-%S")
 BROKEN = 86
+RUNNING = "running"
 LONGEST = 400  # seconds of a test, its subprocesses' included, after which the process gives up
 
 _outcomes: dict[str, dict[str, object]] = {}
@@ -48,21 +49,40 @@ def ends_one_day(request: pytest.FixtureRequest) -> Iterator[None]:
     faulthandler.cancel_dump_traceback_later()
 
 
+def pytest_runtest_logstart(nodeid: str) -> None:
+    """A test that never ends stands in the file as running."""
+    if "tests/gpu/" in nodeid and torch.cuda.is_available() and _writes():
+        _outcomes[nodeid] = {"outcome": RUNNING}
+        _write()
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Keep what each test of this folder came to, and write it where tests are collected from (by workers, too)."""
+    """Keep what each test of this folder came to, and write it."""
     if "tests/gpu/" not in report.nodeid:
         return
     if report.when == "call" or not report.passed:
         known = _outcomes.get(report.nodeid)
-        if known is None or known["outcome"] == "passed":
-            note = report.longreprtext.splitlines()[-12:] if report.failed else report.longrepr[2:] if report.skipped else []
-            _outcomes[report.nodeid] = {"outcome": report.outcome, "seconds": round(report.duration, 3)} | ({"note": note} if note else {})
-        if torch.cuda.is_available() and "PYTEST_XDIST_WORKER" not in os.environ:
+        if known is None or known["outcome"] in (RUNNING, "passed"):
+            note = {} if report.passed else {"note": report.longreprtext.splitlines()[-12:] or str(report.longrepr)}
+            _outcomes[report.nodeid] = {"outcome": report.outcome, "seconds": round(report.duration, 3)} | note
+        if torch.cuda.is_available() and _writes():
             _write()
     if report.failed and torch.cuda.is_available() and not hasattr(report, "node") and _broken():
         sys.__stderr__.write(f"{report.nodeid} left the device broken\n")  # pyright: ignore[reportOptionalMemberAccess]
         os._exit(BROKEN)
+
+
+def pytest_sessionfinish(exitstatus: int) -> None:
+    """Nothing is left to be run, unless somebody stopped it."""
+    if exitstatus in (0, 1) and _outcomes and torch.cuda.is_available() and _writes():
+        _head["complete"] = True
+        _write()
+
+
+def _writes() -> bool:
+    """One process does, which hears of all tests."""
+    return "PYTEST_XDIST_WORKER" not in os.environ
 
 
 def _broken() -> bool:
@@ -75,7 +95,7 @@ def _broken() -> bool:
 
 def _write() -> None:
     """The file, anew."""
-    if not _head:
+    if "machine" not in _head:
         from benchmarks.machine import describe_machine, describe_versions
 
         command = "python -m pytest " + " ".join(sys.argv[1:])
@@ -83,7 +103,9 @@ def _write() -> None:
     counts = {which: sum(o["outcome"] == which for o in _outcomes.values()) for which in ("passed", "failed", "skipped")}
     FOLDER.mkdir(parents=True, exist_ok=True)
     content = {**_head, "finished": time.strftime("%Y-%m-%dT%H-%M-%S"), **counts, "tests": _outcomes}
-    (FOLDER / f"gpu-tests-{STARTED}.json").write_text(json.dumps(content, indent=1))
+    path = FOLDER / f"gpu-tests-{STARTED}.json"
+    path.with_suffix(".new").write_text(json.dumps(content, indent=1))
+    path.with_suffix(".new").replace(path)  # whoever is stopped here leaves a whole file
 
 
 if ON_CPU:  # the interpreter is quicker so
