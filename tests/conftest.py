@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import os
 
+# Tests run side by side on few cores: threads that spin for one another cost ten times what they save at these sizes. Set before torch is
+# imported, and inherited by all that tests start (examples, ranks, compilers); nor does torch.compile start processes of its own.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 import torch
 
 # Triton kernels run in its interpreter, on CPU tensors, unless there is a GPU to run them on. To be set before Triton is first used.
@@ -16,8 +21,7 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("bigclass", deadline=None, derandomize=True, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("bigclass")
 
-# Tests run side by side on few cores: threads that spin for one another cost ten times what they save at these sizes.
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # also where the environment says otherwise
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
