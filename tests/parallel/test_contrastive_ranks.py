@@ -200,7 +200,7 @@ def trained(rank: int, world: int) -> dict[str, list[Tensor]]:
 
 
 def test_data_parallel_training_is_that_of_one_process_by_every_road():
-    for made in run_ranks(trained, 3):
+    for made in run_ranks(trained, 2):
         for name in ("softmax", "sigmoid"):
             for road in ("group", "mesh", "ring", "compiled"):
                 for ours, alone in zip(made[f"{name} {road}"], made[f"{name} alone"], strict=True):
