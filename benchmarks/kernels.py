@@ -91,6 +91,7 @@ class Recipe:
     stored: bool = False
     learnt_scale: bool = False
     filtered: bool = False
+    saved: bool = False
 
 
 _REST = LogSumExp(exclude_picks=True)  # of the classes that a row did not pick
@@ -141,6 +142,10 @@ RECIPES = {
     "stored 4 centres": Recipe((GroupedLogSumExp((4.0,), exclude_picks=True),), picks=4, class_scale=True, stored=True),
     "stored": Recipe((_REST,), picks=1, stored=True),
     "filtered": Recipe((_REST,), picks=1, filtered=True),
+    "saved": Recipe((_REST,), picks=1, saved=True),
+    "saved cap bias": Recipe((_REST,), picks=1, maps=_CAP, bias=True, saved=True),
+    "saved smoothing weights bias": Recipe((_REST, Total()), picks=1, weights=True, bias=True, saved=True),
+    "saved 4 picks": Recipe((_REST, Total()), picks=4, saved=True),
     "stored entropy": Recipe((_REST, ShiftedMoment()), picks=1, bias=True, stored=True),
 }
 
@@ -211,6 +216,7 @@ class _All(ColumnFilter):
 def compile_recipe(recipe: Recipe, dtype: torch.dtype, features: int, arch: str) -> list[Compiled]:
     """Every kernel of a forward and a backward. Triton's driver must name the same architecture."""
     from bigclass.core.engines.fused import Problem, filtered, launch
+    from bigclass.core.engines.fused.saved import Saved, empty
 
     n, c, k = ROWS, CLASSES, recipe.picks
     rows, columns, at_picks = torch.empty(n), torch.empty(c), torch.empty(n, k) if k else None
@@ -228,7 +234,9 @@ def compile_recipe(recipe: Recipe, dtype: torch.dtype, features: int, arch: str)
         return replace(f, tensors=tuple([at[a] for a in f.tensor_axes if a != "folded" or recipe.weights]))
 
     folds = tuple([with_tensors(f) for f in recipe.folds])
-    problem = Problem(stream, folds, () if recipe.stored else pairs, n, c, picks, stored=stored)
+    width = launch.saving_config(arch).BN
+    saved = Saved.of(empty(rows, n, c, width), c, width) if recipe.saved else None
+    problem = Problem(stream, folds, () if recipe.stored else pairs, n, c, picks, stored=stored, saved=saved)
 
     def vectors(f: Fold) -> list[Tensor]:
         return [rows if f.axis == "rows" else columns for _ in f.differentiable]
@@ -238,7 +246,7 @@ def compile_recipe(recipe: Recipe, dtype: torch.dtype, features: int, arch: str)
     keep, boost = torch.empty(n, dtype=torch.uint8), 256.0 if recipe.stored else 1.0
     with launch.compiling_for(arch) as compiled:
         problem.fold(at_picks)
-        g = torch.empty(n, c, dtype=dtype)
+        g = torch.empty(n, c, dtype=dtype) if saved is None else saved.codes.view(dtype)
         problem.add_picks(at_picks, problem.gradient(states, grads, keep, g, boost), g, boost)
         if recipe.filtered:
             kept = filtered.choose(problem, g, 0, _All(), Pool(g, torch.float32))

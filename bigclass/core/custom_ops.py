@@ -2,7 +2,8 @@
 
 A stream and its folds cross as a string of registered names, numbers and tensors (recipe.py); the plan crosses as a string too:
 
-    fold_op     "engine,gradients,workspace"              states of the folds and picked logits; tiles are made again in the backward
+    fold_op     "engine,gradients,workspace,saved"        states of the folds and picked logits; tiles are made again in the backward, or
+                                                          read from what the forward saved of the first `saved` classes (fused/saved.py)
     loss_op     "engine,gradients,workspace,observed"     the loss, states of the observed folds, and the gradients of what needs them
 
 What the filter kept is known in the backward, and wanted in a tensor that the forward returned. A graph that writes to it there cannot be
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ from torch import Tensor
 from bigclass.core.engines import streaming_engine
 from bigclass.core.folds import Fold, State
 from bigclass.core.guards import autocast_off, autograd_inside_op, refuse_create_graph
-from bigclass.core.problem import assert_picks, is_affine, parted, plan_of, squeezed, summed, upstream_of, work_of
+from bigclass.core.problem import assert_picks, is_affine, parted, plan_of, saved_of, squeezed, summed, upstream_of, work_of
 from bigclass.core.recipe import unpack
 from bigclass.core.row_losses import ROW_LOSSES
 from bigclass.core.stream import Stream
@@ -35,15 +37,21 @@ def fold_op(
     stream, folds = unpack(recipe, numbers, tensors)
     assert_picks(picks, stream.shape[1])
     with autocast_off(stream.device):
-        chosen = plan_of(plan, work_of(stream, folds, keep, scalar=False, grad=False))
-        states, picked = streaming_engine(chosen.engine).reduce(stream, picks, keep, folds, chosen)
-    return [t for state in states for t in state] + ([] if picked is None else [picked])
+        saved = saved_of(plan)
+        chosen = plan_of(plan, work_of(stream, folds, keep, scalar=False, grad=saved > 0), saved)
+        engine = streaming_engine(chosen.engine)
+        room = engine.room_for(stream, saved) if saved else []
+        options: dict[str, Any] = {"saved": room} if saved else {}
+        states, picked = engine.reduce(stream, picks, keep, folds, chosen, **options)
+    return [t for state in states for t in state] + ([] if picked is None else [picked]) + room
 
 
 @fold_op.register_fake
 def _(tensors, picks, keep, recipe, numbers, plan, needs, report=None):
     stream, folds = unpack(recipe, numbers, tensors)
-    return _fake_outputs(stream, folds, picks)
+    saved = saved_of(plan)
+    room = streaming_engine(plan.split(",")[0]).room_for(stream, saved) if saved else []
+    return _fake_outputs(stream, folds, picks) + room
 
 
 def _fake_outputs(stream: Stream, folds: Sequence[Fold], picks: Tensor | None) -> list[Tensor]:
@@ -66,19 +74,29 @@ def _(like, double):
 @torch.library.custom_op("bigclass::reduce_logits_backward", mutates_args=())
 def fold_backward_op(
     tensors: list[Tensor], picks: Tensor | None, keep: Tensor | None, states: list[Tensor], grads: list[Tensor],
-    has_grad: list[bool], recipe: str, numbers: list[float], plan: str, needs: list[bool], report: Tensor | None = None,
+    has_grad: list[bool], recipe: str, numbers: list[float], plan: str, needs: list[bool], saved: list[Tensor],
+    report: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
+    return _fold_backward(tensors, picks, keep, states, grads, has_grad, recipe, numbers, plan, needs, saved, report, in_place=False)
+
+
+def _fold_backward(
+    tensors, picks, keep, states, grads, has_grad, recipe, numbers, plan, needs, saved: list[Tensor], report, *, in_place: bool
+) -> list[Tensor]:
+    """Gradients of the needed tensors. saved: of the forward, or nothing any more; in_place: is it to be used up?"""
     stream, folds = unpack(recipe, numbers, tensors)
     folded, parts, h = upstream_of(folds, states, grads, has_grad, picks is not None)
     with autocast_off(stream.device):
-        chosen = plan_of(plan, work_of(stream, folds, keep, scalar=False, grad=True))
+        count = saved_of(plan)
+        chosen = plan_of(plan, work_of(stream, folds, keep, scalar=False, grad=True), count)
         run = streaming_engine(chosen.engine).reduce_backward
         written = None if report is None else report.data  # with a version counter of its own: autograd is not to see it
-        return run(stream, picks, keep, folds, chosen, folded, parts, h, needs, report=written)
+        options: dict[str, Any] = {"saved": saved, "in_place": in_place} if saved else {}
+        return run(stream, picks, keep, folds, chosen, folded, parts, h, needs, report=written, **options)
 
 
 @fold_backward_op.register_fake
-def _(tensors, picks, keep, states, grads, has_grad, recipe, numbers, plan, needs, report=None):
+def _(tensors, picks, keep, states, grads, has_grad, recipe, numbers, plan, needs, saved, report=None):
     return [_fake_gradient(t) for t in _needed(tensors, needs)]
 
 
@@ -90,10 +108,12 @@ def _reduce_context(ctx, inputs, output):
     tensors, picks, keep, recipe, numbers, plan, needs, report = inputs
     _, folds = unpack(recipe, numbers, tensors)
     flags = [d for f in folds for d in f.differentiable]
-    ctx.mark_non_differentiable(*[t for t, d in zip(output, flags, strict=False) if not d])
+    first = len(flags) + (picks is not None)
+    ctx.mark_non_differentiable(*[t for t, d in zip(output, flags, strict=False) if not d], *output[first:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, *[t for t in (picks, keep) if t is not None], *output[: len(flags)])
-    ctx.sizes = len(tensors), picks is not None, keep is not None
+    ctx.save_for_backward(*tensors, *[t for t in (picks, keep) if t is not None], *output[: len(flags)], *output[first:])
+    ctx.sizes = len(tensors), picks is not None, keep is not None, len(flags)
+    ctx.used_up = False
     ctx.constants = recipe, numbers, plan, needs
     ctx.report = report  # not saved: activation checkpointing would make another, which nobody reads
 
@@ -101,17 +121,27 @@ def _reduce_context(ctx, inputs, output):
 def _reduce_gradients(ctx, grads):
     refuse_create_graph()
     saved = ctx.saved_tensors
-    count, has_picks, has_keep = ctx.sizes
+    count, has_picks, has_keep, parts = ctx.sizes
     recipe, numbers, plan, needs = ctx.constants
     rest = list(saved[count:])
     picks = rest.pop(0) if has_picks else None
     keep = rest.pop(0) if has_keep else None
+    states, codes = rest[:parts], rest[parts:]
+    grads = grads[: parts + has_picks]
     has_grad = [g is not None for g in grads]
     tensors = list(saved[:count])
     if not any(has_grad) or not any(needs):
         return [None] * count, None, None, None, None, None, None, None
     given = [g for g in grads if g is not None]
-    made = fold_backward_op(tensors, picks, keep, rest, given, has_grad, recipe, numbers, plan, needs, ctx.report)
+    operands = tensors, picks, keep, states, given, has_grad, recipe, numbers, plan, needs
+    if codes and type(given[0]) is Tensor and not torch.compiler.is_compiling():
+        # The first backward uses the saved logits up, unseen by autograd; a second makes them again (pitfall 46).
+        codes = [] if ctx.used_up else [t.data for t in codes]
+        ctx.used_up = True
+        with torch.no_grad():
+            made = _fold_backward(*operands, codes, ctx.report, in_place=True)
+    else:
+        made = fold_backward_op(*operands, codes, ctx.report)
     return spread(made, tensors, needs), None, None, None, None, None, None, None
 
 

@@ -162,6 +162,17 @@ class Fold:
     lift_triton: ClassVar[TritonForm | None] = None
     merge_triton: ClassVar[TritonForm | None] = None
     gradient_triton: ClassVar[TritonForm | None] = None
+    # Where the fused engine can save a tile in 16 bits: `lift_triton` that also returns e = e^(s - m) (n, c), m its first part; and the
+    # gradient from 2^15 e and m: saved_triton(e, m, *parts, *gradients_of_the_differentiable_parts) -> dL/ds
+    saving_triton: ClassVar[TritonForm | None] = None
+    saved_triton: ClassVar[TritonForm | None] = None
+
+    @classmethod
+    def can_save(cls) -> bool:
+        """Is `saving_triton` that of this fold's own terms, and not inherited by one of others?"""
+        forms = ("saving_triton", "saved_triton", "lift_triton", "gradient_triton")
+        homes = [next(base for base in cls.__mro__ if form in vars(base)) for form in forms]
+        return cls.saving_triton is not None and len(set(homes)) == 1
 
 
 AnyFold = TypeVar("AnyFold", bound=Fold)
@@ -253,6 +264,13 @@ class LogSumExp(Fold):
         return m, tl.sum(tl.exp2((s - ref[:, None]) * 1.4426950408889634), axis=1)
 
     @triton_form
+    def saving_triton(s):
+        m = tl.max(s, axis=1)
+        ref = tl.where(m == float("-inf"), 0.0, m)
+        e = tl.exp2((s - ref[:, None]) * 1.4426950408889634)
+        return m, tl.sum(e, axis=1), e
+
+    @triton_form
     def merge_triton(m, l, m2, l2):  # noqa: E741
         top = tl.maximum(m, m2)
         ref = tl.where(top == float("-inf"), 0.0, top)
@@ -262,6 +280,11 @@ class LogSumExp(Fold):
     def gradient_triton(s, m, l, g):  # noqa: E741
         ref = tl.where(m == float("-inf"), 0.0, m)
         return tl.exp2((s - ref[:, None]) * 1.4426950408889634) * g[:, None]
+
+    @triton_form
+    def saved_triton(e, reference, m, l, g):  # noqa: E741
+        ref = tl.where(m == float("-inf"), 0.0, m)
+        return e * (tl.exp2((reference - ref) * 1.4426950408889634) * 3.0517578125e-05 * g)[:, None]
 
 
 def log_sum_exp(state: State) -> Tensor:
@@ -473,6 +496,8 @@ class SumFold(Fold):
             tile.clear_picks(out)
         return state
 
+    constant_slope: ClassVar[bool] = False  # does the slope not depend on s?
+
     # (s, *tensors, *numbers), for the fused engine; what does not count is left out of the sum there
     term_triton: ClassVar[TritonForm | None] = None
     slope_triton: ClassVar[TritonForm | None] = None
@@ -495,6 +520,7 @@ class Total(SumFold):
 
     name: ClassVar[str] = "total"
     tensor_axes: ClassVar[tuple[str, ...]] = ("folded",)
+    constant_slope: ClassVar[bool] = True
 
     @staticmethod
     def term(s, numbers, tensors):

@@ -31,7 +31,7 @@ from bigclass.core.engines.filter import exact_report
 from bigclass.core.errors import ArgumentError
 from bigclass.core.folds import Fold, State
 from bigclass.core.guards import autocast_off, refuse_transforms
-from bigclass.core.plan import Settings, choose_engine, choose_gradients, make_plan, settings
+from bigclass.core.plan import Settings, choose_engine, choose_gradients, make_plan, saved_classes, settings
 from bigclass.core.problem import assert_picks, beside, check, engine_for, is_affine, squeezed, states_of, summed, work_of
 from bigclass.core.recipe import pack
 from bigclass.core.row_losses import ROW_LOSSES
@@ -74,8 +74,10 @@ def reduce_logits(
         refuse_transforms([*stream.tensors, *(t for f in folds for t in f.tensors)])
         recipe, numbers, tensors = pack(stream, folds)
         needs = [t.requires_grad and torch.is_grad_enabled() for t in tensors]
-        outputs = fold_op(tensors, picks, keep, recipe, numbers, f"{name},recompute,{settings().workspace or 0}", needs, report)
-        return states_of(outputs, folds), None if picks is None else outputs[-1]
+        saved = saved_classes(work_of(stream, folds, keep, scalar=False, grad=any(needs)), settings(), name)
+        plan = f"{name},{'saved' if saved else 'recompute'},{settings().workspace or 0},{saved}"
+        outputs = fold_op(tensors, picks, keep, recipe, numbers, plan, needs, report)
+        return states_of(outputs, folds), None if picks is None else outputs[sum(len(f.differentiable) for f in folds)]
     return [squeezed(state) for state in states], picked
 
 
@@ -144,11 +146,11 @@ def observed_loss(
     work = work_of(stream, [*folds, *observed], keep, scalar=True, grad=any(needs))
     work = replace(work, affine=is_affine(row_loss, picks, folds, args))
     name = engine_for(work, engine, stream, [*folds, *observed])
-    gradients = choose_gradients(work, options)
+    gradients = choose_gradients(work, options, name)
     if gradients == "forward" and options.gradients == "auto" and _scales_frozen(stream):
         gradients = "recompute"
     # an observed fold is shown tiles once: where chunks of whole rows are kept, it would need them all again
-    if name == "dense" or gradients == "recompute" or (observed and gradients == "forward"):
+    if name == "dense" or gradients in ("recompute", "saved") or (observed and gradients == "forward"):
         states, picked = reduce_logits(stream, picks, [*folds, *observed], keep=keep, engine=name)
         return loss_of_states(stream, states, picked, len(folds), row_loss, args, numbers, keep)
     check(stream, picks, [*folds, *observed], keep)

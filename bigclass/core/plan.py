@@ -6,6 +6,8 @@ Costs, with 2NCD flops called a pass:
                             at once; dw (fp32) is re-read once a chunk. Worth it while a chunk holds enough rows for a GEMM to run well.
     gradients "slabs"       3 passes. Where the loss is a sum over classes of an elementwise term (its row loss is affine in its folds), G
                             of a tile is made with the tile. Classes are the outer loop, as below, and nothing is made twice.
+    gradients "saved"       3 to 4 passes. The forward of the fused engine saves logits in 16 bits, of as many classes as the workspace
+                            takes, and the backward makes their gradients in place (engines/fused/saved.py); the others' as in "recompute".
     gradients "recompute"   4 passes. Logits exist one tile at a time, in the forward and again in the backward; classes are the outer
                             loop, so dw of a slab is finished before the next begins and needs no fp32 copy of the whole.
 
@@ -24,7 +26,7 @@ from typing import Any
 import torch
 
 from bigclass.core.engines.filter import FILTER_BAND, FILTER_ROWS
-from bigclass.core.engines.support import device_reason, form_reason
+from bigclass.core.engines.support import device_reason, form_reason, saves
 from bigclass.core.engines.tail import WAITING
 from bigclass.core.errors import ArgumentError
 from bigclass.core.folds import FOLDS, PIECE, Fold, LogSumExp, Total
@@ -33,7 +35,7 @@ from bigclass.core.stream import Map, Softcap
 MIB = 1 << 20
 
 ENGINES = ("auto", "dense", "tiled", "fused")
-GRADIENTS = ("auto", "forward", "recompute")
+GRADIENTS = ("auto", "forward", "recompute", "saved")
 
 # A problem whose logits fit here is run dense: below it the tiled engine's fixed cost (about 0.2 ms a call) shows.
 # Measured on two cores of an EPYC 9004 with `python -m benchmarks --shapes tiny small cpu`.
@@ -69,19 +71,39 @@ PAIR_BUFFERS = 7
 # Elements of a slab of G in the fused engine: 4096 classes at 8192 rows, 64 MiB of bf16 (by the traffic of dx; not measured yet).
 SLAB_ELEMENTS = 1 << 25
 
+# Flops that a GPU's products make while its memory moves one byte: 790 TFLOP/s in bf16 over 4.3 TB/s, of an H200; those of an A100 and of
+# a B200 are within a third of it by their datasheets, and no choice below hangs on that. fp32 products (three of tf32) take six times as
+# long.
+FLOPS_PER_BYTE = 184
+WIDE_PRODUCTS = 6
+
+# Bits of a logit that is saved: its code of 16, and a share of its tile's references. And the bytes of it that are moved beyond the three
+# products' own: its code is written by the forward in place of a product's logit, read, and G written.
+SAVED_BITS = 17
+SAVED_BYTES = 4
+
+# The epilogue of a fold or a gradient, some 15 instructions a logit, in bytes, if nothing hides it (132 multiprocessors that issue 128 at
+# 1.7 GHz).
+EPILOGUE_BYTES = 2
+
+# Classes are saved in whole blocks of so many, in 8 steps from none to all.
+SAVED_CLASSES = 1024
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What a user may ask of the planner (`planning` sets it).
 
     workspace: bytes of temporary memory beyond inputs, outputs and gradients; None: DEFAULT_WORKSPACE.
-    gradients: "forward", "recompute" or "auto". "recompute" also spares what activation checkpointing would pay twice.
+    gradients: "forward", "recompute", "saved" or "auto". "recompute" also spares what activation checkpointing would pay twice.
     logits_limit: bytes of logits that lazy logits may write out where an operation needs the numbers; None: any, with a warning.
+    saved: how many classes are saved, where that was settled before (between a forward and its backward).
     """
 
     workspace: int | None = None
     gradients: str = "auto"
     logits_limit: int | None = None
+    saved: int | None = None
 
 
 # One for the process. A ContextVar would be tidier, but torch.compile cannot trace one; this global it guards on.
@@ -103,7 +125,8 @@ def planning(*, workspace: int | None = None, gradients: str | None = None, logi
         workspace: bytes of temporary memory the engines may take (default: 80 MiB on a CPU, 1 GiB elsewhere). Smaller works too, slower.
             On Linux CPUs the largest buffer stays with the process for the next call, marked for the kernel to take when memory is short.
         gradients: "forward" (3 passes of GEMM flops; gradients are made with the loss), "recompute" (4 passes, least memory;
-            also right under activation checkpointing, which would pay for the forward's gradients twice) or "auto".
+            also right under activation checkpointing, which would pay for the forward's gradients twice), "saved" (the fused engine, in
+            bf16: logits of as many classes as fit the workspace are saved in 16 bits for the backward; elsewhere as "recompute") or "auto".
         logits_limit: bytes of logits above which lazy logits raise where they would write themselves out (default: they warn). 0: always.
 
     Raises:
@@ -138,7 +161,8 @@ def planning(*, workspace: int | None = None, gradients: str | None = None, logi
 class Plan:
     """What will be done. Printing it says why.
 
-    engine: "dense", "tiled" or "fused". gradients: "none", "forward", "slabs" or "recompute".
+    engine: "dense", "tiled" or "fused". gradients: "none", "forward", "slabs", "saved" or "recompute".
+    saved: classes whose logits the forward saves ("saved" only, else 0); saved_block: so many of them are multiplied at once, in place.
     chunk: rows whose logits over all classes are kept at once ("forward" only, else 0).
     row_block x class_block: a tile. workspace: bytes of temporary memory. why: a sentence for each choice.
     Of the tiled engine's filter: gathered: kept columns that are multiplied at once; waiting: blocks whose tails are added together.
@@ -153,12 +177,14 @@ class Plan:
     why: tuple[str, ...] = ()
     gathered: int = 0
     waiting: int = 0
+    saved: int = 0
+    saved_block: int = 0
 
     def __str__(self) -> str:
-        passes = {"none": 1, "forward": 3, "slabs": 3, "recompute": 4}[self.gradients]
+        passes = {"none": "1", "forward": "3", "slabs": "3", "saved": "3 (not saved: 4)", "recompute": "4"}[self.gradients]
         lines = [
             f"engine     {self.engine}",
-            f"gradients  {self.gradients} ({passes} pass{'es' if passes > 1 else ''} of 2NCD flops)",
+            f"gradients  {self.gradients} ({passes} pass{'' if passes == '1' else 'es'} of 2NCD flops)",
             f"tiles      {self.row_block} rows x {self.class_block} classes" + (f", chunks of {self.chunk} rows" if self.chunk else ""),
             f"workspace  {self.workspace / MIB:.1f} MiB",
         ]
@@ -176,6 +202,7 @@ class Work:
     For that engine: narrow: are products of a 16-bit type (not if one operand is wide)? masked: are rows left out? cast: is an operand
     cast for its product? laid_out: bytes of N x C tensors that it copies, for their classes do not lie side by side.
     group: adjacent classes that no cut may part (`Fold.group`). filtered: does the certified filter act on gradients?
+    saves: can its gradients be made from logits in 16 bits? direct: can a product round dw to the weight's type itself?
     """
 
     n: int
@@ -195,6 +222,8 @@ class Work:
     laid_out: int = 0
     group: int = 1
     filtered: bool = False
+    saves: bool = False
+    direct: bool = False
 
     def of(self, table: dict[str, int]) -> int:
         """This device's entry of a table."""
@@ -218,22 +247,84 @@ def choose_engine(work: Work, engine: str = "auto") -> str:
     return "fused" if work.device == "cuda" and work.not_fused is None else "tiled"
 
 
-def choose_gradients(work: Work, options: Settings) -> str:
-    """Where gradients are made: "none", "forward", "slabs" or "recompute"."""
+def choose_gradients(work: Work, options: Settings, name: str) -> str:
+    """Where the engine `name` makes gradients: "none", "forward", "slabs", "saved" or "recompute"."""
     if not work.grad:
         return "none"
-    if not work.scalar or options.gradients == "recompute":
+    if options.gradients == "recompute":
         return "recompute"
-    if work.affine:
+    if work.scalar and work.affine:
         return "slabs"
-    if options.gradients == "forward":
+    if work.scalar and options.gradients == "forward":
         return "forward"
+    saved = saved_classes(work, options, name)
+    if not work.scalar or options.gradients == "saved":
+        return "saved" if saved else "recompute"
     least = work.of(MIN_CHUNK_ROWS) // (2 if work.filtered else 1)  # of few kept columns "recompute" costs twice as much, not a third more
-    return "forward" if _chunk_rows(work, options) >= min(work.n, least) else "recompute"
+    fits = _chunk_rows(work, options, name) >= min(work.n, least)
+    if name != "fused":
+        return "forward" if fits else "recompute"
+    if fits and _forward_bytes(work, options) < _backward_bytes(work, saved):
+        return "forward"
+    return "saved" if saved else "recompute"
 
 
-def _chunk_rows(work: Work, options: Settings) -> int:
+def saved_classes(work: Work, options: Settings, name: str) -> int:
+    """Of how many classes the forward saves logits: all of them, or as many eighths as fit; none where making them again is cheaper.
+
+    The default workspace is then larger by what an fp32 dw would take, which gradients made in the forward need beside it."""
+    if name != "fused" or not (work.saves and work.grad):
+        return 0
+    if options.saved is not None:
+        return options.saved
+    n, c = work.n, work.c
+    if options.gradients != "saved" and _backward_bytes(work, 0) < _backward_bytes(work, c):
+        return 0
+    room = _workspace(work, options) * 7 // 8 - n * _fused_row(work)
+    if options.workspace is None:
+        room += 4 * c * work.d * work.half
+    best = 0
+    for eighth in range(1, 9):
+        some = c if eighth == 8 else c * eighth // 8 // SAVED_CLASSES * SAVED_CLASSES
+        if saved_size(n, some) <= room:
+            best = some
+    return best
+
+
+def saved_size(rows: int, classes: int) -> int:
+    """Bytes of saved logits: whole tiles of classes, and their references."""
+    return rows * -(-classes // 128) * 16 * SAVED_BITS
+
+
+def _pass_bytes(work: Work) -> int:
+    """The bytes that a GPU's memory moves while a pass of 2NCD flops is multiplied: what times are compared in."""
+    return 2 * work.n * work.c * work.d * (1 if work.narrow else WIDE_PRODUCTS) // FLOPS_PER_BYTE
+
+
+def _backward_bytes(work: Work, saved: int) -> int:
+    """The time of "saved" and "recompute" beyond three passes: what is read and written of the saved, others' fourth pass, epilogues."""
+    again = (_pass_bytes(work) + EPILOGUE_BYTES * work.n * work.c) * (work.c - saved) // max(work.c, 1)
+    return EPILOGUE_BYTES * work.n * work.c + SAVED_BYTES * work.n * saved + again
+
+
+def _forward_bytes(work: Work, options: Settings) -> int:
+    """The same of "forward": of each logit as "saved", or 12 bytes of fp32 (written, and read twice); each chunk but one reads and writes
+    an fp32 dw."""
+    chunks = -(-work.n // max(_chunk_rows(work, options, "fused"), 1))
+    of_logit = EPILOGUE_BYTES + SAVED_BYTES if work.saves else 12
+    return of_logit * work.n * work.c + 8 * work.c * work.d * (chunks - 1)
+
+
+def _fused_row(work: Work) -> int:
+    """Bytes of the fused engine's workspace for each row: x masked or cast, and the fp32 sum of dx."""
+    item = 2 if work.narrow else 4
+    return work.d * item * (work.masked or work.cast) + work.d * 4 * (work.half and work.grad)
+
+
+def _chunk_rows(work: Work, options: Settings, name: str) -> int:
     """Rows of logits that fit the workspace beside the tile buffers of the gradient."""
+    if name == "fused" and work.saves:
+        return _workspace(work, options) * 7 // 8 // max(saved_size(1, work.c) + _fused_row(work), 1)
     tiles = (work.buffers - 1) * min(_tile_elements(work, options), work.n * work.c) * work.item
     spare = tiles + 2 * _cast_bytes(work, options) + _filter_bytes(work, options, work.c, 32)
     fit = max(_workspace(work, options) - spare, 0) // max(work.c * work.item, 1)
@@ -291,7 +382,7 @@ def make_plan(work: Work, engine: str = "auto", options: Settings | None = None)
     options = options or settings()
     n, c = max(work.n, 1), max(work.c, 1)
     name = choose_engine(work, engine)
-    gradients = choose_gradients(work, options)
+    gradients = choose_gradients(work, options, name)
     why = []
     size = n * c * work.item
     if name == "dense":
@@ -312,7 +403,7 @@ def make_plan(work: Work, engine: str = "auto", options: Settings | None = None)
     elements = _tile_elements(work, options)
     chunk = 0
     if gradients == "forward":
-        fit = max(_chunk_rows(work, options), 1)
+        fit = max(_chunk_rows(work, options, name), 1)
         chunks = -(-n // fit)
         chunk = -(-n // chunks)  # even chunks: the last one is about as large as the others
         aligned = -(-chunk // 16) * 16
@@ -343,7 +434,7 @@ def make_plan(work: Work, engine: str = "auto", options: Settings | None = None)
         elif options.gradients == "recompute":
             why.append("recompute was asked for")
         else:
-            fit = _chunk_rows(work, options)
+            fit = _chunk_rows(work, options, name)
             why.append(
                 f"only {fit} whole rows of {c} logits fit the workspace: the backward makes tiles again (4 passes, no fp32 copy of dw)"
             )
@@ -433,23 +524,26 @@ def _fused_plan(work: Work, gradients: str, options: Settings, why: list[str]) -
     spare = 256 * band * item * work.filtered  # the kept columns, of which a block is multiplied whole
     beside, budget = work.laid_out + spare, max(_workspace(work, options) - spare, 0)
     # bytes for each row: x masked or cast, and the fp32 sum of dx; for each class: w cast, and ("recompute") the fp32 sum of dw
-    of_row = d * item * (work.masked or work.cast) + d * 4 * (work.half and work.grad)
+    of_row = _fused_row(work)
     of_class = d * item * work.cast
     if work.filtered:  # of a slab of G: its kept columns, their norms and their choice (engines/fused/filtered.py)
         of_class += band * item + -(-n // 128) * 4 + -(-n // FILTER_BAND) * 100
     if gradients == "forward":
         # a slab of G beside the kept logits: as wide as an eighth of the budget
-        fit = max((budget - budget // 8) // (c * 4 + of_row), 1)
+        of_kept = saved_size(1, c) if work.saves else c * 4
+        fit = max((budget - budget // 8) // (of_kept + of_row), 1)
         chunk = -(-n // -(-n // min(fit, n)))
         aligned = -(-chunk // 128) * 128
         chunk = aligned if aligned <= min(fit, n) else chunk
         class_block = _even(c, max(budget // 8 // (chunk * item + of_class), 256), work.group)
-        size = chunk * (c * 4 + of_row) + class_block * (chunk * item + of_class)
+        if work.saves:  # whole tiles; G is made where they are
+            class_block = min(class_block // 256 * 256 or 256, c)
+        size = chunk * (of_kept + of_row) + class_block * (chunk * item * (not work.saves) + of_class)
         why.append(f"{chunk} whole rows of logits fit the workspace: gradients come with the loss, 3 passes instead of 4")
         if work.half:
             why.append("dw stays fp32 until the upstream gradient arrives (one C x D fp32 buffer)")
         why += _of_filter(work, "fused")
-        return Plan("fused", gradients, chunk, chunk, class_block, size + beside, tuple(why))
+        return Plan("fused", gradients, chunk, chunk, class_block, size + beside, tuple(why), saved=c if work.saves else 0)
     if gradients == "slabs":
         # logits of a slab in fp32 and its G, for all rows
         class_block = _even(c, max(min(SLAB_ELEMENTS // n, budget // (n * (4 + item) + of_class)), 256))
@@ -463,7 +557,9 @@ def _fused_plan(work: Work, gradients: str, options: Settings, why: list[str]) -
         why.append("no gradients wanted: one pass, logits in registers only")
         class_block = _even(c, max(budget // 2 // (item * d), 256), work.group)  # of a weight that must be cast
         return Plan("fused", gradients, 0, n, class_block, n * (64 + of_row) + class_block * of_class + beside, tuple(why))
-    of_class += d * 4 * work.half
+    of_class += d * 4 * (work.half and not work.direct)
+    if gradients == "saved":
+        return _saved_plan(work, options, n * of_row, of_class, beside, budget, why)
     class_block = _even(c, max(min(SLAB_ELEMENTS // n, budget // 2 // (n * item + of_class)), 256), work.group)
     if not work.scalar:
         why.append("the loss is not one sum over rows (or its statistics are wanted), so gradients recompute the logits: 4 passes")
@@ -475,6 +571,24 @@ def _fused_plan(work: Work, gradients: str, options: Settings, why: list[str]) -
     why += _of_filter(work, "fused")
     size = n * of_row + class_block * (n * item + of_class)
     return Plan("fused", gradients, 0, n, class_block, size + beside, tuple(why))
+
+
+def _saved_plan(work: Work, options: Settings, of_rows: int, of_class: int, beside: int, budget: int, why: list[str]) -> Plan:
+    """The fused engine's slabs where logits are saved. of_rows, of_class: bytes of all rows, and of a class of a slab beside its G."""
+    n, c, saved = max(work.n, 1), max(work.c, 1), saved_classes(work, options, "fused")
+    room = max(budget // 8, 1)
+    block = max(min(SLAB_ELEMENTS // n, room // (n * 2 + of_class)), 256) // 256 * 256  # whole tiles of what is saved
+    in_place = max(2 * room // of_class, 256) // 256 * 256 if of_class else c
+    in_place = block if work.filtered else in_place
+    class_block, saved_block = min(block, c), min(in_place, saved)
+    share = "all" if saved == c else f"{saved} of {c}"
+    why.append(f"logits of {share} classes are saved in 16 bits ({saved_size(n, saved) / MIB:.0f} MiB): no pass makes them again")
+    if saved < c:
+        why.append(f"G of the others {class_block} classes at a time, whose logits the backward makes again")
+    why += _of_filter(work, "fused")
+    slab = class_block * (n * 2 + of_class)
+    size = of_rows + saved_size(n, saved) + (max(slab, saved_block * of_class) if saved < c else saved_block * of_class) + beside
+    return Plan("fused", "saved", 0, n, class_block, size, tuple(why), saved=saved, saved_block=saved_block)
 
 
 def _even(total: int, most: int, group: int = 1) -> int:
@@ -575,8 +689,10 @@ def explain(
         cast=margin and half,  # normalised features are fp32 up to their product
         group=math.lcm(*[f.group for f in of_folds]),
         filtered=bool(grad_filter) and requires_grad,
+        saves=dtype == torch.bfloat16 and features % 8 == 0 and saves(of_maps, of_folds),
+        direct=place.type == "cuda" and half and not margin and not grad_filter,
     )
-    if choose_gradients(work, settings()) == "recompute":  # by `reduce_logits`, then
+    if choose_gradients(work, settings(), choose_engine(work, engine)) in ("recompute", "saved"):  # by `reduce_logits`, then
         work = replace(work, buffers=tile_buffers(lone, False, len(of_maps)))
     plan = make_plan(work, engine)
     return (
@@ -594,6 +710,9 @@ def _register_tiles(plan: Plan, device: torch.device, dtype: torch.dtype, featur
     described = stored or features * dtype.itemsize % 16 == 0
 
     def tile(bent: bool) -> str:
+        if plan.saved:
+            t = launch.saving_config(architecture)
+            return f"{t.BM} rows x {t.BN} classes, {t.warps} warps, {t.stages} stages"
         weight = launch.weight(folds, mapped=bool(maps), bent=bent)
         t = launch.config(architecture, torch.float32 if stored else dtype, weight, described=described, products=not stored)
         return f"{t.BM} rows x {t.BN} classes, {t.warps} warps, {t.stages} stages"

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bigclass.core.engines.support import form_reason, fused_reason, grids
+from bigclass.core.engines.support import form_reason, fused_reason, grids, saves
 from bigclass.core.errors import ArgumentError, ArgumentTypeError
 from bigclass.core.folds import Fold, State, SumFold
 from bigclass.core.plan import Plan, Settings, Work, choose_engine, make_plan, tile_buffers
@@ -138,7 +138,20 @@ def work_of(stream: Stream, folds: Sequence[Fold], keep: Tensor | None, *, scala
         laid_out=sum(t.numel() * t.element_size() for t in grids(stream, folds) if t.stride(1) != 1),
         group=math.lcm(*[f.group for f in folds]),
         filtered=stream.grad_filter > 0.0 and grad,
+        saves=saves(stream.maps, folds) and all(dtype == torch.bfloat16 for dtype in products) and not any(d % 8 for d in widths(stream)),
+        direct=is_direct(stream, products),
     )
+
+
+def widths(stream: Stream) -> list[int]:
+    """The features of each pair."""
+    return [w.shape[1] for _, w in stream.pairs]
+
+
+def is_direct(stream: Stream, products: Sequence[torch.dtype]) -> bool:
+    """Can a product round dw to the weight's type itself?"""
+    same = all(w.dtype == dtype for (_, w), dtype in zip(stream.pairs, products, strict=True))
+    return same and stream.device.type == "cuda" and stream.class_scale is None and stream.scale_tensor is None and not stream.grad_filter
 
 
 def engine_for(work: Work, engine: str, stream: Stream, folds: Sequence[Fold]) -> str:
@@ -166,7 +179,12 @@ def parted(every: Sequence[Fold], plan: str) -> tuple[Sequence[Fold], Sequence[F
     return every[:count], every[count:]
 
 
-def plan_of(plan: str, work: Work) -> Plan:
-    """The plan that a custom op was handed as a string."""
+def plan_of(plan: str, work: Work, saved: int | None = None) -> Plan:
+    """The plan that a custom op was handed as a string. saved: `saved_of` it, of the op that has it."""
     engine, gradients, workspace = plan.split(",")[:3]
-    return make_plan(work, engine, Settings(int(workspace) or None, gradients))
+    return make_plan(work, engine, Settings(int(workspace) or None, gradients, saved=saved))
+
+
+def saved_of(plan: str) -> int:
+    """How many classes' logits the forward saves for the backward, by the plan of `fold_op`."""
+    return int(plan.split(",")[3])

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from bigclass.core.plan import Plan, Settings, Work, choose_gradients, make_plan, tile_buffers
+from bigclass.core.plan import Plan, Settings, Work, choose_engine, choose_gradients, make_plan, tile_buffers
 from bigclass.memory_plan.settings import Training
 
 # The tiled engine keeps its largest work buffer for the next call, on a CPU, if it is of such a size (core/engines/pages.py).
@@ -115,7 +115,8 @@ def streamed_plan(
         n=rows, c=classes, d=features, device=device, scalar=not spread, half=training.half,
         buffers=tile_buffers(not softcap, not spread, int(softcap)), narrow=training.half, masked=masked,
         not_fused=None if device == "cuda" else "it is no GPU",
+        saves=training.half and features % 8 == 0, direct=device == "cuda" and training.half,
     )  # fmt: skip
-    if choose_gradients(work, options) == "recompute":  # by `reduce_logits`, then
+    if choose_gradients(work, options, choose_engine(work)) in ("recompute", "saved"):  # by `reduce_logits`, then
         work = replace(work, buffers=tile_buffers(not softcap, False, int(softcap)))
     return make_plan(work, "auto", options)

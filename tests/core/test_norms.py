@@ -95,7 +95,7 @@ def test_it_crosses_the_custom_ops():
     assert again.normalized and again.class_scale is stream.class_scale
     needs = [t.requires_grad for t in tensors]
     assert needs == [True, True, False]
-    torch.library.opcheck(custom_ops.fold_op, (tensors, picks, None, recipe, numbers, f"tiled,recompute,{1 << 20}", needs))
+    torch.library.opcheck(custom_ops.fold_op, (tensors, picks, None, recipe, numbers, f"tiled,recompute,{1 << 20},0", needs))
     torch.library.opcheck(norms._inverse_norms, (stream.pairs[0][1].detach(),))
     recipe, numbers, tensors = pack(stream, folds[:1])
     args, plan = [torch.ones(9, dtype=torch.float64)], f"tiled,forward,{1 << 20},0"

@@ -281,7 +281,7 @@ def test_the_custom_ops_pass_opcheck(keep):
     picks = torch.randint(0, 80, (9, 1))
     recipe, numbers, tensors = pack(stream, (LogSumExp(exclude_picks=True), ShiftedMoment()))
     needs = [True] * len(tensors)
-    torch.library.opcheck(custom_ops.fold_op, (tensors, picks, keep, recipe, numbers, f"tiled,recompute,{1 << 20}", needs))
+    torch.library.opcheck(custom_ops.fold_op, (tensors, picks, keep, recipe, numbers, f"tiled,recompute,{1 << 20},0", needs))
     recipe, numbers, tensors = pack(stream, (LogSumExp(exclude_picks=True),))
     args = [torch.rand(9, dtype=torch.float64)]
     plan = f"tiled,forward,{1 << 20},0"

@@ -42,11 +42,12 @@ class Sink:
     whole: dw is summed over all chunks of rows before any slab is finished.
     on_slab: takes each slab's dw (of the one pair there is), which is then not stored.
     plan: what the stream's filter may take for itself; None: it does not act on what is added here.
+    direct: is each slab's dw one product over all rows? Where nothing more happens to it, the product then rounds it to w's type itself.
     """
 
     def __init__(
         self, maker: TileMaker, folds: Sequence[Fold], needs: Sequence[bool], *, keep_wide: bool, whole: bool,
-        on_slab: OnSlab | None = None, plan: Plan | None = None,
+        on_slab: OnSlab | None = None, plan: Plan | None = None, direct: bool = False,
     ) -> None:  # fmt: skip
         self.maker, self.folds, self.rows = maker, folds, maker.rows
         # A power of two about N, undone exactly in the products. At most 4096, so that a sum over rows does not overflow instead.
@@ -91,6 +92,11 @@ class Sink:
             self._dw_sum = [
                 fresh(w, w.shape, acc, zeros=zeros) if t is None else t for t, (_, w) in zip(self._dw_sum, st.pairs, strict=True)
             ]
+        plain = direct and st.class_scale is None and maker.alpha_tensor is None
+        self._direct = [
+            plain and dw is not None and dw.dtype == of_product
+            for dw, of_product in zip(self.dw, maker.operand_dtypes, strict=True)
+        ]
         # Where rows are whole, so are tails; elsewhere each slab has its own, added at once.
         self.gathered = plan.gathered if plan is not None else 0
         self.tails = Tails(maker, self.dx, self._dw_sum, plan.waiting) if whole and zeros and plan is not None else None
@@ -115,10 +121,10 @@ class Sink:
                 self._dx_sum[p] = self.maker.pool.get(f"dx {p}", span.size, x.shape[1])
 
     def open_slab(self, span: Span) -> list[Tensor | None]:
-        """The fp32 sums of dw for classes `span`."""
+        """The fp32 sums of dw for classes `span` (or dw itself, `direct`)."""
         sums: list[Tensor | None] = []
         for p, (_, w) in enumerate(self.maker.stream.pairs):
-            whole = self._dw_sum[p]
+            whole = self.dw[p] if self._direct[p] else self._dw_sum[p]
             if whole is not None:
                 sums.append(whole[span.start : span.stop])
             elif self.need_w[p] or self.need_cs:
@@ -352,7 +358,7 @@ class Sink:
         """The sums of dw over all rows are there for classes c: class scale, cast."""
         maker, st = self.maker, self.maker.stream
         for p, total in enumerate(sums):
-            if total is None:
+            if total is None or self._direct[p]:
                 continue
             if maker.alpha_tensor is not None:
                 total.mul_(maker.alpha_tensor)

@@ -94,6 +94,16 @@ def form_reason(maps: Sequence[Map], folds: Sequence[Fold]) -> str | None:
     return None
 
 
+def saves(maps: Sequence[Map], folds: Sequence[Fold]) -> bool:
+    """Can the fused engine make gradients of these folds from logits that it saved in 16 bits (fused/saved.py)? One makes exponentials."""
+    rest = [f for f in folds if not f.can_save()]
+    if len(folds) - len(rest) != 1 or any(f.axis != "rows" for f in folds):
+        return False
+    if not all(isinstance(f, SumFold) and f.constant_slope and "grid" not in f.tensor_axes[: len(f.tensors)] for f in rest):
+        return False
+    return not maps or (len(maps) == 1 and not maps[0].needs_input and not maps[0].tensors and not rest)
+
+
 def grids(stream: Stream, folds: Sequence[Fold]) -> list[Tensor]:
     """Every N x C tensor that is read."""
     of_folds = [t for f in folds for t, axis in zip(f.tensors, f.tensor_axes, strict=False) if axis == "grid"]

@@ -27,6 +27,7 @@ Problem = pytest.importorskip("bigclass.core.engines.fused").Problem
 
 tail_of = Tail.of
 BAND, CLASSES, CHUNK = 17, 48, 30  # rows of a block at most; classes of a slab; rows of a chunk where gradients come with the loss
+TILE = 64  # classes of a slab whose logits are saved: whole tiles
 BACK = -12.0  # added to the logits of one-vs-all losses: sigmoids near 1 would be spread evenly
 TOLERANCES = {torch.float32: (-10, -8, -6, -4), torch.float16: (-10, -6), torch.bfloat16: (-8, -4)}  # as powers of 2
 LIMIT = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}  # of a product of 16-bit numbers: their rounding
@@ -39,7 +40,10 @@ def many_small_blocks(monkeypatch):
 
     def small(*args):
         plan = make(*args)
-        return replace(plan, class_block=min(plan.class_block, CLASSES), chunk=min(plan.chunk, CHUNK))
+        classes = TILE if plan.saved else CLASSES
+        return replace(
+            plan, class_block=min(plan.class_block, classes), saved_block=min(plan.saved_block, classes), chunk=min(plan.chunk, CHUNK)
+        )
 
     monkeypatch.setattr(problem, "make_plan", small)
     monkeypatch.setattr(filtered, "FILTER_BAND", BAND)

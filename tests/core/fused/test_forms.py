@@ -261,7 +261,7 @@ def test_the_custom_ops_pass_opcheck_and_compile_to_one_graph_on_the_fused_engin
     torch.manual_seed(0)
     x, w, y = torch.randn(9, 5, requires_grad=True), torch.randn(80, 5, requires_grad=True), torch.randint(80, (9,))
     recipe, numbers, tensors = pack(Stream(((x, w),)), (LogSumExp(exclude_picks=True),))
-    torch.library.opcheck(custom_ops.fold_op, (tensors, y[:, None], None, recipe, numbers, f"fused,recompute,{1 << 20}", [True, True]))
+    torch.library.opcheck(custom_ops.fold_op, (tensors, y[:, None], None, recipe, numbers, f"fused,recompute,{1 << 20},0", [True, True]))
 
     def loss(x, w):
         return bigclass.linear_cross_entropy(x, w, y, engine="fused", z_loss=0.1)

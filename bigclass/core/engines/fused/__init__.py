@@ -3,8 +3,10 @@
     reduce           one kernel over bands of rows and splits of classes, one small kernel that merges the splits        1 pass
     reduce_backward  for each slab of classes: one kernel writes G (N x slab) in the operands' type; dw of the slab = G^T x and
                      dx += G w are library products                                                                      3 passes
+                     (what the forward saved of its logits in 16 bits is not made again but turned into G in place, saved.py: 2 passes)
     stream_loss      for each chunk of rows: logits by library products, kept in fp32; the fold kernel reads them; row_loss on the
                      chunk's statistics; the gradient kernel turns a slab of them into G; dw += G^T x, dx += G w         3 passes
+                     (where 16 bits will do: the fold kernel makes them and saves them)
     slab_loss        the same for sums over classes, a slab of classes of all rows at a time: nothing waits for whole rows
 
 Memory: reduce: 4 bytes x states x N x splits. reduce_backward: a slab of G, and dx in fp32 (N x D) for half types. stream_loss: a chunk of
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from bigclass.core.engines.filter import ColumnFilter
 from bigclass.core.engines.fused import compose, filtered, kernels, launch
+from bigclass.core.engines.fused.saved import ALIGNED, Saved, empty
 from bigclass.core.engines.sink import OnSlab, Sink
 from bigclass.core.engines.support import interpreting
 from bigclass.core.engines.tiles import Rows, Span, TileMaker, product, spans
@@ -65,6 +68,7 @@ class Problem:
     """The part of a problem that one launch sees: every tensor is cut to its rows and classes; only picks count from `class_base`.
 
     pairs: operands in the type of their products. stored: (N, C) their products in fp32, if made already; pairs are then not read.
+    saved: its logits in 16 bits; pairs are then read for picks under a map alone.
     """
 
     stream: Stream
@@ -75,15 +79,18 @@ class Problem:
     picks: Tensor | None
     class_base: int = 0
     stored: Tensor | None = None
+    saved: Saved | None = None
 
     @property
     def k(self) -> int:
         return 0 if self.picks is None else self.picks.shape[1]
 
-    def cut(self, r: Span, c: Span, pairs: tuple[tuple[Tensor, Tensor], ...] = (), stored: Tensor | None = None) -> Problem:
+    def cut(
+        self, r: Span, c: Span, pairs: tuple[tuple[Tensor, Tensor], ...] = (), stored: Tensor | None = None, saved: Saved | None = None
+    ) -> Problem:
         """Rows r and classes c of it, with these operands."""
         if (r.start, r.stop, c.start, c.stop) == (0, self.n, 0, self.c):
-            return replace(self, pairs=pairs, stored=stored)
+            return replace(self, pairs=pairs, stored=stored, saved=saved)
 
         def part(t: Tensor, axis: str) -> Tensor:
             if axis == "grid":
@@ -103,7 +110,7 @@ class Problem:
             return replace(f, tensors=tuple([part(t, of_fold(f, a)) for t, a in zip(f.tensors, f.tensor_axes, strict=False)]))
 
         folds = tuple([cut_fold(f) for f in self.folds])
-        return Problem(stream, folds, pairs, r.size, c.size, optional(self.picks, "rows"), self.class_base + c.start, stored)
+        return Problem(stream, folds, pairs, r.size, c.size, optional(self.picks, "rows"), self.class_base + c.start, stored, saved)
 
     def _shared(self, config: launch.Config) -> tuple[list[Any], list[Any], dict[str, Any], Tensor]:
         """What both kernels are told of the stream: leading pointers, sizes and strides, constants; and any tensor, to fill gaps."""
@@ -154,7 +161,8 @@ class Problem:
         return launch.config(launch.architecture(self.stream.device), dtype, weight, described=described, products=self.stored is None)
 
     def fold(self, picked: Tensor | None) -> list[State]:
-        """The states of the folds, each part (N,) or (C,). Picked logits are written to `picked` (N, K), in the picks' order.
+        """The states of the folds, each part (N,) or (C,). Picked logits are written to `picked` (N, K), in the picks' order, and all
+        logits to `saved`, if there is one.
 
         A pick must not exceed a log-sum-exp that counts it, so it is then read from the tile itself, with the rounding it has there.
         Where all folds (sums aside) leave the picks out there is nothing to compare, and reading them apart spares every tile the work.
@@ -162,7 +170,14 @@ class Problem:
         exclude = self.k > 0 and any(f.exclude_picks for f in self.folds)
         read = self.k > 0 and not all(f.exclude_picks or isinstance(f, SumFold) for f in self.folds)
         config, device = self._config(self.folds, searched=self.k > 1 or read), self.stream.device
-        made = compose.composition(self.stream.maps, [compose.part_of(f) for f in self.folds])
+        made = compose.composition(self.stream.maps, self._parts([True] * len(self.folds)))
+        codes, references, codes_stride, tma_codes = None, None, 0, False
+        if self.saved is not None:
+            codes, references, codes_stride = self.saved.whole_tiles, self.saved.references, self.saved.codes.stride(0)
+            weight = launch.weight(self.folds, searched=self.k > 1 or read)
+            config = launch.saving_config(launch.architecture(device), weight)
+            tma_codes = config.tma and launch.describable([codes])
+            codes = launch.operand(codes, config.BM, config.BN, tma_codes)
         bands = -(-self.n // config.BM)
         splits, each = launch.split_classes(bands, -(-self.c // config.BN), config.group, device)
         rows, columns = self._states("rows", splits, self.n), self._states("columns", bands, self.c)
@@ -175,16 +190,22 @@ class Problem:
             bands * splits,
             device,
             [*pointers, self.picks if exclude or read else None, picked, _tuple(tensors, filler), _tuple(rows, filler),
-             _tuple(columns, filler), self.stream.scale, _tuple(numbers, 0.0), self.class_base, self.n, self.c, self.k, *numbers_of,
-              each, splits],
+             _tuple(columns, filler), codes, references, self.stream.scale, _tuple(numbers, 0.0), self.class_base, self.n, self.c, self.k,
+             *numbers_of, codes_stride, each, splits],
             constants | {"BEND": made.bend, "START": made.start, "UPDATE": made.update, "STORE": made.store, "COLUMNS": made.columns,
-                         "HAS_COLUMNS": bool(columns), "ONE_PICK": self.k == 1, "READ": read, "EXCLUDE": exclude},
+                         "HAS_COLUMNS": bool(columns), "ONE_PICK": self.k == 1, "READ": read, "EXCLUDE": exclude,
+                         "TMA_CODES": tma_codes},
             config,
         )  # fmt: skip
         rows = merged(rows, made.load_rows, made.merge_rows, made.store)
         columns = merged(columns, made.load_columns, made.merge_columns, made.store_columns)
         taken = {"rows": iter(rows), "columns": iter(columns)}
         return [tuple([next(taken[f.axis]) for _ in f.differentiable]) for f in self.folds]
+
+    def _parts(self, active: Sequence[bool]) -> list[compose.Part]:
+        """The folds without their tensors. active: which of them a gradient reaches."""
+        saves = [self.saved is not None and f.can_save() for f in self.folds]
+        return [compose.part_of(f, *flags) for f, *flags in zip(self.folds, active, saves, strict=True)]
 
     def _states(self, axis: str, count: int, n: int) -> list[Tensor]:
         like = self.stream.tensors[0]
@@ -206,15 +227,19 @@ class Problem:
         noted = self.k > 0 and (not all(excluded) or any(f.group > 1 for f in folds))
         searched = self.picks if noted else None
         base = out.new_empty((self.n, self.k), dtype=torch.float32) if noted else None
-        config, device = self._config(folds, searched=noted, bent=bool(self.stream.maps)), self.stream.device
-        made = compose.composition(self.stream.maps, [compose.part_of(f, there) for f, there in zip(self.folds, active, strict=True)])
-        pointers, numbers_of, constants, filler = self._shared(config)
+        made = compose.composition(self.stream.maps, self._parts(active))
         tensors, numbers = self._parameters()
         for f, state, parts, there in zip(self.folds, states, grads, active, strict=True):
             if there:
                 tensors += [t.contiguous() for t in state]
                 given = [g for g, d in zip(parts, f.differentiable, strict=True) if d]
                 tensors += [torch.zeros_like(state[0]) if g is None else g.float().contiguous() for g in given]
+        exclude = noted and any(excluded)
+        if self.saved is not None:
+            self._saved_gradient(self.saved, made, searched, base, keep, tensors, numbers, out, exclude)
+            return base
+        config, device = self._config(folds, searched=noted, bent=bool(self.stream.maps)), self.stream.device
+        pointers, numbers_of, constants, filler = self._shared(config)
         tma_out = config.tma and launch.describable([out])
         launch.start(
             kernels.gradient,
@@ -223,11 +248,28 @@ class Problem:
             [*pointers, searched, base, keep, _tuple(tensors, filler),
              launch.operand(out, config.BM, config.BN, tma_out), self.stream.scale, boost, _tuple(numbers, 0.0),
              self.class_base, self.n, self.c, self.k, *numbers_of, out.stride(0)],
-            constants | {"BEND": made.bend, "GRADIENT": made.gradient, "ONE_PICK": self.k == 1, "EXCLUDE": noted and any(excluded),
+            constants | {"BEND": made.bend, "GRADIENT": made.gradient, "ONE_PICK": self.k == 1, "EXCLUDE": exclude,
                          "BOOSTED": boost != 1.0, "TMA_OUT": tma_out},
             config,
         )  # fmt: skip
         return base
+
+    def _saved_gradient(
+        self, saved: Saved, made: compose.Composition, searched: Tensor | None, base: Tensor | None, keep: Tensor | None,
+        tensors: Sequence[Any], numbers: Sequence[float], out: Tensor, exclude: bool,
+    ) -> None:  # fmt: skip
+        """`gradient` from saved logits. out: its rows reach to the end of a last, ragged tile."""
+        config, codes = launch.saved_config(saved.width), saved.codes
+        launch.start(
+            kernels.saved_gradient,
+            -(-self.n // config.BM) * -(-self.c // config.BN),
+            out.device,
+            [codes, saved.references, searched, base, keep, _tuple(tensors, codes), out, _tuple(numbers, 0.0), self.class_base, self.n,
+             self.c, self.k, codes.stride(0), out.stride(0)],
+            {"GRADIENT": made.gradient, "MAPPED": bool(self.stream.maps), "ONE_PICK": self.k == 1, "EXCLUDE": exclude, "BM": config.BM,
+             "BN": config.BN, "INTERPRETED": interpreting()},
+            config,
+        )  # fmt: skip
 
     def add_picks(self, h: Tensor | None, base: Tensor | None, out: Tensor, boost: float) -> None:
         """The picks' entries of out (N, C). h: (N, K) in the picks' order, 0 where a row does not count. base: of `gradient`."""
@@ -288,15 +330,20 @@ def merged(parts: list[Tensor], load: Any, merge: Any, store: Any) -> list[Tenso
 
 
 def reduce(
-    stream: Stream, picks: Tensor | None, keep: Tensor | None, folds: Sequence[Fold], plan: Plan
+    stream: Stream, picks: Tensor | None, keep: Tensor | None, folds: Sequence[Fold], plan: Plan, saved: Sequence[Tensor] = ()
 ) -> tuple[list[State], Tensor | None]:
-    """The states of all folds, and the picked logits (N, K)."""
+    """The states of all folds, and the picked logits (N, K). saved: of `room_for`, takes the logits of the plan's first classes."""
     n = stream.shape[0]
     source = _Source(stream, picks, folds, keep)
     picked = None if source.picks is None else stream.tensors[0].new_zeros(picks_shape(source.picks), dtype=torch.float32)
-    states = source.fold(Span(0, n), picked, plan)
+    states = source.fold(Span(0, n), picked, plan, source.saved(saved, plan.saved))
     shaped = [tuple([t.unsqueeze(-1) for t in state]) for state in states]
     return shaped, None if picked is None or source.picks is None else source.picks.back(picked)
+
+
+def room_for(stream: Stream, classes: int) -> list[Tensor]:
+    """Room for what the forward saves of so many classes (saved.py)."""
+    return empty(stream.tensors[0], stream.shape[0], classes, launch.saving_config(launch.architecture(stream.device)).BN)
 
 
 def picks_shape(picks: Picks) -> tuple[int, int]:
@@ -307,15 +354,19 @@ def picks_shape(picks: Picks) -> tuple[int, int]:
 def reduce_backward(
     stream: Stream, picks: Tensor | None, keep: Tensor | None, folds: Sequence[Fold], plan: Plan,
     states: Sequence[State], grads: Sequence[Sequence[Tensor | None]], h: Tensor | None, needs: Sequence[bool],
-    on_slab: OnSlab | None = None, keep_wide: bool = False, report: Tensor | None = None,
+    on_slab: OnSlab | None = None, keep_wide: bool = False, report: Tensor | None = None, saved: Sequence[Tensor] = (),
+    in_place: bool = False,
 ) -> list[Tensor]:  # fmt: skip
-    """Gradients of the needed tensors, from the states and what reached them. Tiles are made again, a slab of classes at a time.
+    """Gradients of the needed tensors, from the states and what reached them, a slab of classes at a time. Tiles are made again, or read
+    from what the forward saved.
 
-    on_slab, keep_wide: of the sink (sink.py). report: (2,), takes what the filter kept and promised."""
+    on_slab, keep_wide: of the sink (sink.py). report: (2,), takes what the filter kept and promised. saved: what `reduce` was given;
+    in_place: may it be used up?"""
     source = _Source(stream, picks, folds, keep)
     maker, n = source.maker, stream.shape[0]
-    sink = Sink(maker, folds, needs, keep_wide=keep_wide, whole=False, on_slab=on_slab)
-    sink.filter = source.make_filter(needs)
+    chooser = source.make_filter(needs)
+    sink = Sink(maker, folds, needs, keep_wide=keep_wide, whole=False, on_slab=on_slab, direct=chooser is None)
+    sink.filter = chooser
     everything = Span(0, n)
     if n == 0:
         sink.no_rows()
@@ -324,11 +375,16 @@ def reduce_backward(
     sink.open_rows(everything)
     operands = source.features(everything)
     xs = source.of_products(operands)
-    for c in spans(maker.c, plan.class_block):
+    codes = source.saved(saved, plan.saved)
+    count = 0 if codes is None else codes.classes
+    for c in [*spans(count, plan.saved_block if in_place else plan.class_block), *spans(maker.c, plan.class_block, count)]:
         sums = sink.open_slab(c)
         ws = source.weights(c)
         pairs = list(zip(operands, ws, strict=True))
-        source.add_gradient(sink, everything, c, pairs, up, None, xs, source.of_products(ws), sums, first_rows=True)
+        part = codes.cut(c) if codes is not None and c.start < count else None
+        source.add_gradient(
+            sink, everything, c, pairs, up, None, xs, source.of_products(ws), sums, first_rows=True, saved=part, in_place=in_place
+        )
         sink.close_slab(c, sums)
     sink.close_rows()
     if report is not None:
@@ -350,20 +406,14 @@ def stream_loss(
     like = maker.pool.get("empty", 0, 0)
     loss = like.new_zeros(())
     dargs = [a.new_zeros(a.shape, dtype=maker.dtype) if need else None for a, need in zip(args, needs[tensors:], strict=True)]
-    slabs = spans(maker.c, plan.class_block)
+    slabs = source.saved_slabs(plan) if plan.saved else spans(maker.c, plan.class_block)
+    room = empty(like, min(plan.chunk, n), plan.saved, source.width) if plan.saved and n else []
     for r in spans(n, plan.chunk):
-        xs = maker.features(r)
-        stored = maker.pool.get("kept", r.size, maker.c)
-        for c in slabs:
-            for p, (x, w) in enumerate(zip(xs, maker.slab(c), strict=True)):
-                product(x, w.t(), stored[:, c.start : c.stop], beta=float(p > 0))
         chosen = source.picks
         picked = None if chosen is None else like.new_zeros((r.size, picks_shape(chosen)[1]))
         mask = maker.rows.mask(r)
-        states = [
-            tuple([t.unsqueeze(-1) if mask is None else torch.where(mask, t, 0.0).unsqueeze(-1) for t in state])
-            for state in source.problem(r, Span(0, maker.c), (), stored).fold(picked)
-        ]
+        found, add = _saved_chunk(source, r, picked, room, plan) if room else _stored_chunk(source, r, picked, slabs)
+        states = [tuple([t.unsqueeze(-1) if mask is None else torch.where(mask, t, 0.0).unsqueeze(-1) for t in state]) for state in found]
         back = None if picked is None or chosen is None else chosen.rows(r).back(picked)
         total, grads, h, for_args = row_loss(states, back, [maker.rows.take(a, r) for a in args], mask)
         loss = loss + total
@@ -372,8 +422,7 @@ def stream_loss(
         up = _Up.of(source, folds, states, grads, h, r)
         sink.open_rows(r)
         for c in slabs:
-            part, sums = stored[:, c.start : c.stop], sink.open_slab(c)
-            source.add_gradient(sink, r, c, [], up, part, xs, maker.slab(c), sums, first_rows=r.start == 0)
+            add(sink, c, up)
         sink.close_rows()
     if n == 0:
         sink.no_rows()
@@ -381,6 +430,39 @@ def stream_loss(
         for c in slabs:
             sink.close_slab(c, sink.open_slab(c))
     return loss.to(maker.dtype), sink.finish() + [d for d in dargs if d is not None]
+
+
+_Add = Callable[[Sink, Span, "_Up"], None]  # adds up the gradient of a slab of classes, of a chunk's rows
+
+
+def _stored_chunk(source: _Source, r: Span, picked: Tensor | None, slabs: Sequence[Span]) -> tuple[list[State], _Add]:
+    """The folds of rows r from logits that the library makes, in fp32, and what makes their gradient of the same."""
+    maker = source.maker
+    xs, stored = maker.features(r), maker.pool.get("kept", r.size, maker.c)
+    for c in slabs:
+        for p, (x, w) in enumerate(zip(xs, maker.slab(c), strict=True)):
+            product(x, w.t(), stored[:, c.start : c.stop], beta=float(p > 0))
+
+    def add(sink: Sink, c: Span, up: _Up) -> None:
+        part, sums = stored[:, c.start : c.stop], sink.open_slab(c)
+        source.add_gradient(sink, r, c, [], up, part, xs, maker.slab(c), sums, first_rows=r.start == 0)
+
+    return source.problem(r, Span(0, maker.c), (), stored).fold(picked), add
+
+
+def _saved_chunk(source: _Source, r: Span, picked: Tensor | None, room: list[Tensor], plan: Plan) -> tuple[list[State], _Add]:
+    """The same from logits in registers, which are saved in 16 bits."""
+    xs, saved = source.features(r), Saved.of(room, source.c, source.width).rows(r.size)
+    operands = source.of_products(xs)
+
+    def add(sink: Sink, c: Span, up: _Up) -> None:
+        ws, sums = source.weights(c), sink.open_slab(c)
+        source.add_gradient(
+            sink, r, c, list(zip(xs, ws, strict=True)), up, None, operands, source.of_products(ws), sums, first_rows=r.start == 0,
+            saved=saved.cut(c), in_place=True,
+        )  # fmt: skip
+
+    return source.fold(r, picked, plan, saved), add
 
 
 def slab_loss(
@@ -479,10 +561,11 @@ class _Source:
         """The kernels' operands as those of the library's products: the same tensors, but wider where it has no products into fp32."""
         return [t.to(dtype) for t, dtype in zip(operands, self.maker.operand_dtypes, strict=True)]
 
-    def _slabs(self, plan: Plan) -> list[Span]:
-        """All classes at once, or, where w must be cast or laid out anew, a slab at a time."""
+    def _slabs(self, plan: Plan, saved: int = 0) -> list[Span]:
+        """All classes at once, or, where w must be cast or laid out anew, a slab at a time; those that are saved apart from the others."""
         cast = any(w.dtype != dtype or w.stride(1) != 1 for (_, w), dtype in zip(self.stream.pairs, self.dtypes, strict=True))
-        return spans(self.c, plan.class_block) if cast else [Span(0, self.c)]
+        most = plan.class_block if cast else self.c
+        return [*spans(saved, most), *spans(self.c, most, saved)]
 
     def read_picks(self, r: Span, plan: Plan) -> Tensor:
         """The picked logits (r, K), in the picks' order, by row dots."""
@@ -494,17 +577,23 @@ class _Source:
         assert out is not None
         return out
 
-    def problem(self, r: Span, c: Span, pairs: Sequence[tuple[Tensor, Tensor]], stored: Tensor | None) -> Problem:
-        """Rows r and classes c of it. stored: their products (r, c), if they are made already."""
-        return self.whole.cut(r, c, tuple(pairs), stored)
+    def problem(
+        self, r: Span, c: Span, pairs: Sequence[tuple[Tensor, Tensor]], stored: Tensor | None, saved: Saved | None = None
+    ) -> Problem:
+        """Rows r and classes c of it. stored: their products (r, c), if they are made already; saved: their logits, or room for them."""
+        return self.whole.cut(r, c, tuple(pairs), stored, saved)
 
-    def fold(self, r: Span, picked: Tensor | None, plan: Plan) -> list[State]:
-        """The folds over all classes."""
+    def fold(self, r: Span, picked: Tensor | None, plan: Plan, saved: Saved | None = None) -> list[State]:
+        """The folds over all classes. saved: takes the logits of the first of them."""
         if r.size == 0:
             like = self.maker.pool.get("empty", 0, 0)
             return [tuple([t.view(-1) for t in f.identity(0 if f.axis == "rows" else self.c, like)]) for f in self.folds]
-        xs = self.features(r)
-        found = [self.problem(r, c, list(zip(xs, self.weights(c), strict=True)), None).fold(picked) for c in self._slabs(plan)]
+        xs, count = self.features(r), 0 if saved is None else saved.classes
+        found = [
+            self.problem(r, c, list(zip(xs, self.weights(c), strict=True)), None, saved.cut(c) if saved and c.start < count else None)
+            .fold(picked)
+            for c in self._slabs(plan, count)
+        ]  # fmt: skip
         if len(found) == 1:
             return found[0]
         made = compose.composition(self.stream.maps, [compose.part_of(f) for f in self.folds])
@@ -518,17 +607,34 @@ class _Source:
             for i, f in enumerate(self.folds)
         ]
 
+    @property
+    def width(self) -> int:
+        """Classes of a tile that is saved."""
+        return launch.saving_config(launch.architecture(self.stream.device)).BN
+
+    def saved(self, tensors: Sequence[Tensor], classes: int) -> Saved | None:
+        """What the forward saves, or has saved, of the first so many classes."""
+        return Saved.of(tensors, classes, self.width) if tensors else None
+
+    def saved_slabs(self, plan: Plan) -> list[Span]:
+        """In what slabs saved logits of all classes are folded, and multiplied in place: as few as weights to cast and a filter allow."""
+        return spans(self.c, plan.class_block) if self.stream.grad_filter else self._slabs(plan)
+
     def gradient(
-        self, r: Span, c: Span, pairs: Sequence[tuple[Tensor, Tensor]], up: _Up, stored: Tensor | None, sink: Sink
-    ) -> tuple[Tensor, filtered.Kept | None]:
+        self, r: Span, c: Span, pairs: Sequence[tuple[Tensor, Tensor]], up: _Up, stored: Tensor | None, sink: Sink, saved: Saved | None,
+        in_place: bool,
+    ) -> tuple[Tensor, filtered.Kept | None]:  # fmt: skip
         """G of rows r and classes c, in the type of the products and boosted. Which columns the sink's filter keeps, if it has one."""
-        out = self._slab(r.size, c.size, self.dtype)
+        if saved is not None and in_place:
+            out = saved.codes.view(self.dtype)
+        else:
+            out = self._slab(r.size, c.size, self.dtype, 8 if saved is None else ALIGNED)
         states = [s if f.axis == "rows" else tuple([t[c.start : c.stop] for t in s]) for f, s in zip(self.folds, up.states, strict=True)]
         grads = [
             parts if f.axis == "rows" else [None if t is None else t[c.start : c.stop] for t in parts]
             for f, parts in zip(self.folds, up.grads, strict=True)
         ]
-        problem = self.problem(r, c, pairs, stored)
+        problem = self.problem(r, c, pairs, stored, saved)
         base = problem.gradient(states, grads, up.keep, out, sink.boost)
         kept = None if sink.filter is None else filtered.choose(problem, out, r.start, sink.filter, self.maker.pool)
         problem.add_picks(up.h, base, out, sink.boost)
@@ -536,11 +642,14 @@ class _Source:
 
     def add_gradient(
         self, sink: Sink, r: Span, c: Span, pairs: Sequence[tuple[Tensor, Tensor]], up: _Up, stored: Tensor | None,
-        xs: list[Tensor], ws: list[Tensor], sums: list[Tensor | None], *, first_rows: bool,
+        xs: list[Tensor], ws: list[Tensor], sums: list[Tensor | None], *, first_rows: bool, saved: Saved | None = None,
+        in_place: bool = False,
     ) -> None:  # fmt: skip
-        """Make G of rows r and classes c and add it up. xs, ws: operands of the products. sums: of dw; first_rows: are they still empty?"""
+        """Make G of rows r and classes c and add it up. xs, ws: operands of the products. sums: of dw; first_rows: are they still empty?
+
+        saved: the logits, if the forward saved them; in_place: may G take their place?"""
         first_classes = c.start == 0
-        g, kept = self.gradient(r, c, pairs, up, stored, sink)
+        g, kept = self.gradient(r, c, pairs, up, stored, sink, saved, in_place)
         if kept is None:
             sink.add(g, None, xs, ws, sums, r, c, first_rows=first_rows, first_classes=first_classes)
             return
@@ -553,9 +662,9 @@ class _Source:
         """The filter of one gradient; None: it is exact. needs: flags of the stream's tensors."""
         return filtered.make_filter(self.stream, self.maker, needs, self.dtype)
 
-    def _slab(self, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
-        """The work buffer of G: rows of whole 16 bytes, for descriptors and vector loads."""
-        stride = -(-cols // 8) * 8
+    def _slab(self, rows: int, cols: int, dtype: torch.dtype, aligned: int) -> Tensor:
+        """The work buffer of G: rows of whole 16 bytes at least, for descriptors and vector loads."""
+        stride = -(-cols // aligned) * aligned
         words = self.maker.pool.get("slab", rows, stride * dtype.itemsize // self.maker.dtype.itemsize)
         return words.view(dtype)[:, :cols]
 

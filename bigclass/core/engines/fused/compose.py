@@ -8,7 +8,7 @@ under a soft cap the text of `bend` and `update` is
     def bend(z, tensors, numbers):
         return map_0_forward(z, numbers[0])
 
-    def update(state, s, sx, live, livex, row0, class0, rows, cols, N, C, tensors, numbers, MASKED, PICKS):
+    def update(state, s, sx, live, livex, row0, class0, rows, cols, N, C, tensors, numbers, MASKED, PICKS, codes, references, stride, TMA):
         fold_0 = fold_0_lift(sx)
         fold_0 = fold_0_merge(state[0], state[1], fold_0[0], fold_0[1])
         return (fold_0[0], fold_0[1],)
@@ -48,6 +48,7 @@ class Part:
     identity: tuple[float, ...]  # of each part of its state
     active: bool = False  # does a gradient reach it?
     literals: tuple[int, ...] = ()  # its numbers, where they are constants of the text
+    saves: bool = False  # is it the one that saves its tiles (saved.py)?
 
     @property
     def sums(self) -> bool:
@@ -69,15 +70,15 @@ class Composition:
     load_columns: Any
     store_columns: Any
     map_back: Any  # (g, z, tensors, numbers) -> dL/dz from g = dL/ds
-    gradient: Any  # (z, tile...) -> dL/dz, without the picks' own
+    gradient: Any  # (z, tile..., reference) -> dL/dz, without the picks' own; of a saved tile z is e, and reference its rows' (saved.py)
 
 
-def part_of(f: Fold, active: bool = False) -> Part:
+def part_of(f: Fold, active: bool = False, saves: bool = False) -> Part:
     """The tensor-free part of a fold."""
     fill = tuple(float(t) for t in f.identity(1, torch.empty((), dtype=torch.float32)))
     axes = tuple(f.tensor_axes[: len(f.tensors)])
     literals = tuple([int(v) for v in f.numbers]) if f.literal_numbers else ()
-    return Part(type(f), len(f.numbers), axes, f.exclude_picks, f.axis == "columns", fill, active, literals)
+    return Part(type(f), len(f.numbers), axes, f.exclude_picks, f.axis == "columns", fill, active, literals, saves)
 
 
 def composition(maps: Sequence[Map], folds: Sequence[Part]) -> Composition:
@@ -87,12 +88,12 @@ def composition(maps: Sequence[Map], folds: Sequence[Part]) -> Composition:
 
 @lru_cache(maxsize=256)
 def _composition(maps: tuple[tuple[type[Map], int, int], ...], folds: tuple[Part, ...]) -> Composition:
-    names: dict[str, Any] = {"tl": tl, "grid": kernels.grid, "__name__": f"{__name__}.composed"}
+    names: dict[str, Any] = {"tl": tl, "grid": kernels.grid, "save": kernels.save, "__name__": f"{__name__}.composed"}
     for i, (cls, _, _) in enumerate(maps):
         for kind in ("forward", "backward"):
             _bind(names, f"map_{i}_{kind}", getattr(cls, f"{kind}_triton"))
     for i, f in enumerate(folds):
-        for kind in ("term", "slope") if f.sums else ("lift", "merge", "gradient"):
+        for kind in ("term", "slope") if f.sums else ("lift", "merge", "gradient", "saving", "saved"):
             _bind(names, f"fold_{i}_{kind}", getattr(f.cls, f"{kind}_triton"))
     text = _Text(maps, folds)
     rows, columns = text.of_axis(False), text.of_axis(True)
@@ -164,7 +165,7 @@ class _Text:
         return ["def start(BM: tl.constexpr):", f"    return {_tuple(parts or ['tl.zeros((BM,), tl.float32)'])}", ""]
 
     def update(self, folds: list[int]) -> list[str]:
-        lines = [f"def update(state, {_constexpr(_ARGUMENTS)}):"]
+        lines = [f"def update(state, {_constexpr(_ARGUMENTS)}, codes, references, stride, TMA: tl.constexpr):"]
         out, at = [], 0
         for i in folds:
             width = len(self.folds[i].identity)
@@ -215,6 +216,9 @@ class _Text:
         lines, tensors = self._load_tensors(i)
         tile, mask = self._tile(i)
         arguments = [tile, *tensors, *self.fold_numbers[i]]
+        if self.folds[i].saves:
+            lines.append(f"    fold_{i}_0, fold_{i}_1, e = fold_{i}_saving({', '.join(arguments)})")
+            return [*lines, f"    save(codes, references, e, fold_{i}_0, row0, class0, rows, cols, N, stride, TMA)"]
         if not self.folds[i].sums:
             return lines + self._call(f"fold_{i}", "lift", i, arguments, len(self.folds[i].identity))
         lines.append(f"    fold_{i}_tile = fold_{i}_term({', '.join(arguments)})")
@@ -256,7 +260,7 @@ class _Text:
         return [f"def {name}(state, pointers, offset, index, n):", *lines, "    pass", ""]
 
     def gradient(self) -> list[str]:
-        lines = [f"def gradient(z, {_constexpr(_ARGUMENTS)}):"]
+        lines = [f"def gradient(z, {_constexpr(_ARGUMENTS)}, reference):"]
         at, made = self.states, []
         for i, f in enumerate(self.folds):
             if not f.active:
@@ -274,6 +278,8 @@ class _Text:
             if f.sums:
                 lines.append(f"    g_{i} = fold_{i}_slope({', '.join([tile, *tensors, *self.fold_numbers[i]])}) * {vectors[-1]}[:, None]")
                 lines.append(f"    g_{i} = tl.broadcast_to(g_{i}, {tile}.shape)")
+            elif f.saves:
+                lines.append(f"    g_{i} = fold_{i}_saved(z, reference, {', '.join(vectors)})")
             else:
                 lines.append(f"    g_{i} = fold_{i}_gradient({', '.join([tile, *vectors, *tensors, *self.fold_numbers[i]])})")
             if f.exclude:
@@ -281,6 +287,10 @@ class _Text:
                 lines.append(f"        g_{i} = tl.where({mask}, g_{i}, 0.0)")
             made.append(f"tl.trans(g_{i})" if f.columns else f"g_{i}")
         lines.append(f"    g = {' + '.join(made) if made else 'tl.zeros_like(z)'}")
+        if any(f.saves for f in self.folds) and self.maps:  # one map, whose slope its output tells
+            return [*lines, f"    return map_0_backward({', '.join(['g', 's', 's', *self.map_arguments[0]])})", ""]
+        if any(f.saves for f in self.folds):
+            return [*lines, "    return g", ""]
         return [*lines, "    return map_back(g, z, tensors, numbers)", ""]
 
 

@@ -4,11 +4,12 @@
               registers over the band; states of the column folds and the picked logits are written as tiles meet them
     merge     states of the class splits (of the row blocks, for column folds) to one
     gradient  one tile a program: acc again (or read, where the forward stored it), G = dL/dz, written in the operands' type
+    saved_gradient          the same from logits that the forward saved in 16 bits (saved.py)
     read_picks, add_picks   N K dot products: the picked logits; G[i, pick_ik] = what the folds gave there + h_ik
 
 Flops: fold and gradient 2NCD each. Bytes: fold reads w once for each group of bands (8 or 16: `Config.group`) and x once for each class
-split (from L2 while a group's x fits), writes 4 x states x N x splits; gradient reads the same and writes the operand size x N x C. Floor:
-the GEMM's time.
+split (from L2 while a group's x fits), writes 4 x states x N x splits, and 2 N C where it saves logits; gradient reads the
+same and writes the operand size x N x C; saved_gradient reads and writes 2 N C. Floor: the GEMM's time; of the last the copy's.
 Epilogue instructions a logit (sm_90, 8 warps, from the compiled binary; `python -m benchmarks.kernels` prints them): see launch.py.
 
 Ragged ends: rows past N repeat the last row (or read zeros) and are never stored, classes past C are -inf and only in a last, peeled tile,
@@ -46,6 +47,19 @@ def grid(source, row0, class0, stride, N, C, BM: tl.constexpr, BN: tl.constexpr)
     i, j = tl.arange(0, BM) + tl.minimum(class0, 0), tl.arange(0, BN)
     at = (source + row0.to(tl.int64) * stride + class0) + (i[:, None] * stride + j[None, :])
     return tl.load(at, mask=(i < N - row0)[:, None] & (j < C - class0)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def save(codes, references, e, m, row0, class0, rows, cols, N, stride, TMA: tl.constexpr):
+    """Save a tile's e = exp(s - m), m the largest of each row (saved.py): in fp16 times 2^15, which never overflows.
+
+    Rows of codes reach to the end of a last, ragged tile, where e is 0."""
+    code = (e * 32768.0).to(tl.float16)
+    if TMA:
+        codes.store([row0, class0], code)
+    else:
+        tl.store(codes + rows.to(tl.int64)[:, None] * stride + cols[None, :], code, mask=(rows < N)[:, None])
+    tl.store(references + tl.full((), class0 // e.shape[1], tl.int64) * N + rows, m, mask=rows < N)
 
 
 @triton.jit
@@ -122,14 +136,13 @@ def _pick(picks, rows, N, K, at, class_base):
 
 @triton.jit
 def _fold_tile(state, at, x0, w0, x1, w1, stored, class_scale, given, bias, scale, scale_tensor, picks, picked, tensors, numbers,
-column_out,
-               block, row0, class0, rows, class_base, N, C, K, D0, D1,
+               column_out, codes, references, codes_stride, block, row0, class0, rows, class_base, N, C, K, D0, D1,
                x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, given_stride,
                BEND: tl.constexpr, UPDATE: tl.constexpr, COLUMNS: tl.constexpr, HAS_COLUMNS: tl.constexpr, ONE_PICK: tl.constexpr,
                READ: tl.constexpr, EXCLUDE: tl.constexpr, MASKED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                TMA: tl.constexpr, EVEN_D: tl.constexpr,
                SCALED: tl.constexpr, BIAS_LAST: tl.constexpr, PRECISION: tl.constexpr,
-         INTERPRETED: tl.constexpr):  # fmt: skip
+               INTERPRETED: tl.constexpr, TMA_CODES: tl.constexpr):  # fmt: skip
     """Fold one tile into the band's state. `at`: with one pick a row its class, else the number of picks passed."""
     cols = class0 + tl.arange(0, BN)
     z = _raw(x0, w0, x1, w1, stored, class_scale, given, bias, scale, scale_tensor, row0, class0, rows, cols, N, C, D0, D1,
@@ -164,21 +177,23 @@ column_out,
         if EXCLUDE:
             sx = tl.where(hit, float("-inf"), s)
             livex = live & (hit == 0)
-    state = UPDATE(state, s, sx, live, livex, row0, class0, rows, cols, N, C, tensors, numbers, MASKED or HAS_COLUMNS, EXCLUDE)
+    state = UPDATE(state, s, sx, live, livex, row0, class0, rows, cols, N, C, tensors, numbers, MASKED or HAS_COLUMNS, EXCLUDE,
+                   codes, references, codes_stride, TMA_CODES)  # fmt: skip
     if HAS_COLUMNS:
         COLUMNS(s, sx, live, livex, row0, class0, rows, cols, N, C, tensors, numbers, True, EXCLUDE, column_out, block.to(tl.int64) * C)
     return state, at
 
 
 @triton.jit(do_not_specialize=["class_base", "N", "C", "K", "split_tiles", "splits"])
-def fold(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, picks, picked, tensors, row_out, column_out,
+def fold(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, picks, picked, tensors, row_out, column_out, codes, references,
          scale, numbers, class_base, N, C, K, D0, D1,
-         x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, given_stride, split_tiles, splits,
+         x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, given_stride, codes_stride, split_tiles, splits,
          BEND: tl.constexpr, START: tl.constexpr, UPDATE: tl.constexpr, STORE: tl.constexpr, COLUMNS: tl.constexpr,
          HAS_COLUMNS: tl.constexpr, ONE_PICK: tl.constexpr, READ: tl.constexpr, EXCLUDE: tl.constexpr,
          BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
          TMA: tl.constexpr, EVEN_D: tl.constexpr, SCALED: tl.constexpr, BIAS_LAST: tl.constexpr, PRECISION: tl.constexpr,
-         INTERPRETED: tl.constexpr):  # fmt: skip
+         INTERPRETED: tl.constexpr, TMA_CODES: tl.constexpr):  # fmt: skip
+    # codes, references: None, or take what `save` saves of each tile.
     # GROUP bands x all splits run side by side: their x stays in L2, and each tile of w is read once for GROUP bands
     bands = tl.cdiv(N, BM)
     group = tl.program_id(0) // (GROUP * splits)
@@ -202,15 +217,17 @@ def fold(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, picks, 
     for t in range(first, whole):
         state, at = _fold_tile(
             state, at, x0, w0, x1, w1, stored, class_scale, given, bias, scale, scale_tensor, picks, picked, tensors, numbers, column_out,
-            block, row0, t * BN, rows, class_base, N, C, K, D0, D1, x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, given_stride,
+            codes, references, codes_stride, block, row0, t * BN, rows, class_base, N, C, K, D0, D1, x0_stride, w0_stride, x1_stride,
+            w1_stride, stored_stride, given_stride,
             BEND, UPDATE, COLUMNS, HAS_COLUMNS, ONE_PICK, READ, EXCLUDE, False, BM, BN, BK, TMA, EVEN_D, SCALED, BIAS_LAST, PRECISION,
-            INTERPRETED)  # fmt: skip
+            INTERPRETED, TMA_CODES)  # fmt: skip
     for t in range(whole, last):  # at most one tile, the ragged last
         state, at = _fold_tile(
             state, at, x0, w0, x1, w1, stored, class_scale, given, bias, scale, scale_tensor, picks, picked, tensors, numbers, column_out,
-            block, row0, t * BN, rows, class_base, N, C, K, D0, D1, x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, given_stride,
+            codes, references, codes_stride, block, row0, t * BN, rows, class_base, N, C, K, D0, D1, x0_stride, w0_stride, x1_stride,
+            w1_stride, stored_stride, given_stride,
             BEND, UPDATE, COLUMNS, HAS_COLUMNS, ONE_PICK, READ, EXCLUDE, True, BM, BN, BK, TMA, EVEN_D, SCALED, BIAS_LAST, PRECISION,
-            INTERPRETED)  # fmt: skip
+            INTERPRETED, TMA_CODES)  # fmt: skip
     STORE(state, row_out, split.to(tl.int64) * N, rows, N)
 
 
@@ -222,6 +239,43 @@ def merge(parts, out, n, count, LOAD: tl.constexpr, MERGE: tl.constexpr, STORE: 
     for i in range(1, count):
         state = MERGE(state, LOAD(parts, tl.full((), i, tl.int64) * n, index, n))
     STORE(state, out, 0, index, n)
+
+
+@triton.jit
+def _hits(picks, rows, class0, cols, class_base, N, K, BN: tl.constexpr, ONE_PICK: tl.constexpr):
+    """Where in the tile the rows' picks are."""
+    if ONE_PICK:
+        hit = cols[None, :] == (tl.load(picks + rows, mask=rows < N, other=-1) - class_base)[:, None]
+    else:
+        hit = cols[None, :] < tl.zeros_like(rows)[:, None]
+        at = _first_pick(picks, rows, N, K, class_base + class0)
+        next_pick = _pick(picks, rows, N, K, at, class_base)
+        inside = next_pick < class0 + BN
+        while tl.max(inside.to(tl.int32), axis=0) > 0:
+            hit = hit | (cols[None, :] == next_pick[:, None]) & inside[:, None]
+            at += inside.to(tl.int32)
+            next_pick = _pick(picks, rows, N, K, at, class_base)
+            inside = next_pick < class0 + BN
+    return hit
+
+
+@triton.jit
+def _note_picks(base, g, picks, rows, class0, cols, class_base, N, K, BN: tl.constexpr, ONE_PICK: tl.constexpr):
+    """base (N, K): the tile's g at the rows' picks."""
+    if ONE_PICK:
+        pick = tl.load(picks + rows, mask=rows < N, other=-1) - class_base
+        there = (pick >= class0) & (pick < class0 + BN) & (rows < N)
+        tl.store(base + rows, tl.sum(tl.where(cols[None, :] == pick[:, None], g, 0.0), axis=1), mask=there)
+    else:
+        at = _first_pick(picks, rows, N, K, class_base + class0)
+        coming = _pick(picks, rows, N, K, at, class_base)
+        there = coming < class0 + BN
+        while tl.max(there.to(tl.int32), axis=0) > 0:
+            here = (cols[None, :] == coming[:, None]) & there[:, None]
+            tl.store(base + rows.to(tl.int64) * K + at, tl.sum(tl.where(here, g, 0.0), axis=1), mask=there)
+            at += there.to(tl.int32)
+            coming = _pick(picks, rows, N, K, at, class_base)
+            there = coming < class0 + BN
 
 
 @triton.jit(do_not_specialize=["class_base", "N", "C", "K"])
@@ -249,48 +303,62 @@ def gradient(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, pic
     s = BEND(z, tensors, numbers)
     live = (cols < C)[None, :]
     sx, livex = s, live
-    if picks is not None and not ONE_PICK:
-        first_pick = _first_pick(picks, rows, N, K, class_base + class0)
     if EXCLUDE:
-        if ONE_PICK:
-            hit = cols[None, :] == (tl.load(picks + rows, mask=rows < N, other=-1) - class_base)[:, None]
-        else:
-            hit = cols[None, :] < tl.zeros_like(rows)[:, None]
-            at = first_pick
-            next_pick = _pick(picks, rows, N, K, at, class_base)
-            inside = next_pick < class0 + BN
-            while tl.max(inside.to(tl.int32), axis=0) > 0:
-                hit = hit | (cols[None, :] == next_pick[:, None]) & inside[:, None]
-                at += inside.to(tl.int32)
-                next_pick = _pick(picks, rows, N, K, at, class_base)
-                inside = next_pick < class0 + BN
+        hit = _hits(picks, rows, class0, cols, class_base, N, K, BN, ONE_PICK)
         sx = tl.where(hit, float("-inf"), s)
         livex = live & (hit == 0)
-    g = GRADIENT(z, s, sx, live, livex, row0, class0, rows, cols, N, C, tensors, numbers, False, EXCLUDE)
+    g = GRADIENT(z, s, sx, live, livex, row0, class0, rows, cols, N, C, tensors, numbers, False, EXCLUDE, None)
     if keep is not None:
         g = tl.where(tl.load(keep + rows, mask=rows < N, other=0)[:, None] != 0, g, 0.0)
     if BOOSTED:
         g *= boost
     if picks is not None:
-        if ONE_PICK:
-            pick = tl.load(picks + rows, mask=rows < N, other=-1) - class_base
-            there = (pick >= class0) & (pick < class0 + BN) & (rows < N)
-            tl.store(base + rows, tl.sum(tl.where(cols[None, :] == pick[:, None], g, 0.0), axis=1), mask=there)
-        else:
-            place_of = first_pick
-            coming = _pick(picks, rows, N, K, place_of, class_base)
-            there = coming < class0 + BN
-            while tl.max(there.to(tl.int32), axis=0) > 0:
-                here = (cols[None, :] == coming[:, None]) & there[:, None]
-                tl.store(base + rows.to(tl.int64) * K + place_of, tl.sum(tl.where(here, g, 0.0), axis=1), mask=there)
-                place_of += there.to(tl.int32)
-                coming = _pick(picks, rows, N, K, place_of, class_base)
-                there = coming < class0 + BN
+        _note_picks(base, g, picks, rows, class0, cols, class_base, N, K, BN, ONE_PICK)
     if TMA_OUT:
         out.store([row0, class0], _rounded(g, out.dtype, INTERPRETED))
     else:
         to = out + rows.to(tl.int64)[:, None] * out_stride + cols[None, :]
         tl.store(to, _rounded(g, out.dtype.element_ty, INTERPRETED), mask=(rows < N)[:, None] & live)
+
+
+@triton.jit
+def _log(e):
+    """log e of normal numbers, within 1e-5; of 0 -88. A code is off by more, and `tl.log2`, good to the last bit, takes 25 instructions."""
+    bits = e.to(tl.int32, bitcast=True)
+    f = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True) - 1.0
+    # least maximum of |log2(1 + f) - f p(f)| on [0, 1), 1.43e-5, by reweighted least squares
+    p = 1.44196547 + f * (-0.70966137 + f * (0.41759159 + f * (-0.19626464 + f * 0.0463833)))
+    return ((bits >> 23).to(tl.float32) - 127.0 + f * p) * 0.6931471805599453
+
+
+@triton.jit(do_not_specialize=["class_base", "N", "C", "K"])
+def saved_gradient(codes, references, picks, base, keep, tensors, out, numbers, class_base, N, C, K, codes_stride, out_stride,
+                   GRADIENT: tl.constexpr, MAPPED: tl.constexpr, ONE_PICK: tl.constexpr, EXCLUDE: tl.constexpr,
+                   BM: tl.constexpr, BN: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
+    """`gradient` from what `save` wrote of tiles as wide as these. out may be where the codes are.
+
+    Rows of both reach to the end of a last, ragged tile: without a mask for classes 16 bytes are read and written at once. 8 bytes a
+    logit in flight allow 26 instructions (H200: 4.3 TB/s, 132 multiprocessors that issue 128 at 1.7 GHz)."""
+    tiles = tl.cdiv(C, BN)
+    row0, class0 = (tl.program_id(0) // tiles) * BM, (tl.program_id(0) % tiles) * BN
+    rows, cols = row0 + tl.arange(0, BM), class0 + tl.arange(0, BN)
+    there = (rows < N)[:, None]
+    e = tl.load(codes + rows.to(tl.int64)[:, None] * codes_stride + cols[None, :], mask=there, other=0.0).to(tl.float32)
+    reference = tl.load(references + tl.full((), class0 // BN, tl.int64) * N + rows, mask=rows < N, other=0.0)
+    s = e
+    if MAPPED:  # its slope is told by its output; far below, where there is none at -inf
+        s = _log(e) - 10.39720770839918 + reference[:, None]  # 15 log 2
+    live = (cols < C)[None, :]
+    livex = live
+    if EXCLUDE:
+        livex = live & (_hits(picks, rows, class0, cols, class_base, N, K, BN, ONE_PICK) == 0)
+    g = GRADIENT(e, s, s, live, livex, row0, class0, rows, cols, N, C, tensors, numbers, False, EXCLUDE, reference)
+    if keep is not None:
+        g = tl.where(tl.load(keep + rows, mask=rows < N, other=0)[:, None] != 0, g, 0.0)
+    if picks is not None:
+        _note_picks(base, g, picks, rows, class0, cols, class_base, N, K, BN, ONE_PICK)
+    to = out + rows.to(tl.int64)[:, None] * out_stride + cols[None, :]
+    tl.store(to, _rounded(g, out.dtype.element_ty, INTERPRETED), mask=there)
 
 
 @triton.jit

@@ -132,6 +132,16 @@ COLUMNS = Config(
     128, 32, 0, 4, 2, False
 )  # rows x classes of G for a program that sums squares of columns; one that copies takes as many numbers
 
+# The fold that saves logits (saved.py), of products in bf16: (light, heavy). All of one width, that of the gradient's tile, which reads
+# them.
+SAVING: dict[str, tuple[Config, Config]] = {
+    "sm_80": (Config(128, 128, 32, 8, 3, False), Config(64, 128, 32, 8, 3, False)),
+    "sm_90": (Config(256, 128, 64, 8, 3, True, 8), Config(128, 128, 64, 8, 3, True)),
+    "sm_100": (Config(128, 128, 64, 8, 3, True), Config(64, 128, 64, 8, 3, True)),
+    "interpreter": (Config(64, 64, 32, 4, 1, False, 2), Config(32, 64, 32, 4, 1, False, 2)),
+}
+SAVED_ROWS = 32
+
 MERGE_BLOCK = 128  # states merged by one program: one for each of its threads
 ROWS = Config(16, 0, 64, 4, 2, False)  # rows of a program that reads or adds picks, features at a time
 
@@ -179,6 +189,16 @@ def product_config(name: str, dtype: torch.dtype) -> Config:
     if dtype == torch.float32 and precision(dtype) == "ieee" and name != "interpreter":
         return IEEE
     return PRODUCTS[name, dtype.itemsize]
+
+
+def saving_config(name: str, weight: int = 0) -> Config:
+    """The tile of a fold that saves logits."""
+    return SAVING[name][min(weight, 1)]
+
+
+def saved_config(width: int) -> Config:
+    """The tile of a gradient that reads logits saved in tiles of so many classes. Nothing is multiplied."""
+    return Config(SAVED_ROWS, width, 32, 4, 1, False)
 
 
 def deeper(config: Config, stages: int) -> Config:
