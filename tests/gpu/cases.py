@@ -69,6 +69,8 @@ def flat(made: Any) -> list[Tensor]:
     """The tensors of a loss, of a pair, of nested tuples; what a filter reports is none of them."""
     if isinstance(made, bigclass.Stats):
         return [made.lse, made.correct]
+    if isinstance(made, bigclass.TopClasses):
+        return [made.values]
     return [made] if isinstance(made, Tensor) else [t for part in made for t in flat(part)]
 
 
@@ -192,7 +194,9 @@ def best(dtype: torch.dtype) -> tuple[Leaves, Run]:
     def run(leaves: Leaves, engine: str) -> list[Tensor]:
         x, w, b = leaves
         with torch.no_grad():
-            return flat(bigclass.linear_topk(x, w, K, linear_bias=b, return_log_probs=True, engine=engine))
+            values, index, log_p = bigclass.linear_topk(x, w, K, linear_bias=b, return_log_probs=True, engine=engine)
+            # Not which classes, for two may be as good as equal: how good they are, exactly
+            return [values, log_p, F.linear(x.double(), w.double(), b.double()).gather(1, index)]
 
     return [x, w, b], run
 
