@@ -18,7 +18,7 @@ from bigclass.core.engines.support import saves
 from bigclass.core.folds import register_fold
 from bigclass.core.recipe import pack
 from bigclass.core.triton_form import triton_form
-from tests.losses.test_contract import check_draw, check_pooled, exact, ours, with_gradients
+from tests.losses.test_contract import check_pooled, exact, ours, with_gradients
 from tests.support import KINDS, draw, error
 
 saved = pytest.importorskip("bigclass.core.engines.fused.saved", reason="Triton is not installed")
@@ -62,8 +62,14 @@ def part_of_the_classes(monkeypatch, count: int, block: int) -> None:
     seed=st.integers(0, 2**31),
     bias=st.booleans(),
 )
-def test_a_single_draw_is_as_exact_as_dense_and_gradients_survive_confident_rows(gradients, kind, n, c, d, seed, bias):
-    check_draw(("fused", gradients), BF16, kind, n, c, 8 * d, seed, bias)
+def test_a_single_draw_is_as_exact_as_tiles_made_again(gradients, kind, n, c, d, seed, bias):
+    """To a twentieth of the rounding of G, which both share: codes are eight times as fine."""
+    x, w, b, y = draw(kind, n, c, 8 * d, BF16, seed)
+    truth = exact(x, w, b if bias else b * 0, y)
+    leaves = (x, w, b) if bias else (x, w)
+    results = [with_gradients(ours(x, w, b if bias else None, y, ("fused", of)), leaves) for of in (gradients, "recompute")]
+    for name, z, other, exactly in zip(("loss", "dx", "dw", "db"), *results, truth, strict=False):
+        assert error(z, exactly) <= 1.05 * error(other, exactly) + 4 * 2.0**-24, name
 
 
 @pytest.mark.parametrize("gradients", ["saved", "forward"])
@@ -76,22 +82,21 @@ def test_pooled_over_draws_no_output_and_no_gradient_is_less_exact_than_dense(gr
 @pytest.mark.parametrize("gradients", ["saved", "forward"])
 @pytest.mark.parametrize(
     "options",
-    [{"softcap": 3.0}, {"label_smoothing": 0.1}, {"label_smoothing": 0.2, "weight": True}, {"z_loss": 1e-2}, {"logit_scale": 2.5}],
+    [{"softcap": 3.0}, {"label_smoothing": 0.1}, {"label_smoothing": 0.2, "weighted": True}, {"z_loss": 1e-2}, {"logit_scale": 2.5}],
     ids=str,
 )
 def test_options_give_what_tiles_made_again_give(options, gradients, used):
-    """To a fraction of the rounding of G, which both share: codes are eight times as fine."""
     x, w, b, y = draw("peaked", 70, 700, 40, BF16, 1)
     y[3] = -100
-    if options.pop("weight", False):
-        options["weight"] = torch.rand(700) + 0.5
+    options = {name: value for name, value in options.items() if name != "weighted"} | (
+        {"weight": torch.rand(700) + 0.5} if "weighted" in options else {}
+    )
     got = with_gradients(ours(x, w, b, y, ("fused", gradients), **options), (x, w, b))
     assert used
     again = with_gradients(ours(x, w, b, y, ("fused", "recompute"), **options), (x, w, b))
     wide = [t.detach().double().requires_grad_() for t in (x, w, b)]
-    for name, z, other, truth in zip(
-        ("loss", "dx", "dw", "db"), got, again, with_gradients(ours(*wide, y, ("dense", "auto"), **options), wide)
-    ):
+    truths = with_gradients(ours(*wide, y, ("dense", "auto"), **options), wide)
+    for name, z, other, truth in zip(("loss", "dx", "dw", "db"), got, again, truths, strict=True):
         assert error(z, truth) <= 1.05 * error(other, truth) + 4 * 2.0**-24, name
         assert error(z, other) < 1e-3, name
 
@@ -190,25 +195,30 @@ def test_one_graph_leaves_what_was_saved_as_it_is(used):
 
 def test_the_op_passes_opcheck():
     torch.manual_seed(0)
-    x, w = torch.randn(9, 8, dtype=BF16, requires_grad=True), torch.randn(80, 8, dtype=BF16, requires_grad=True)
-    y = torch.randint(80, (9, 1))
+    x, w, y = torch.randn(9, 8, dtype=BF16), torch.randn(128, 8, dtype=BF16), torch.randint(128, (9, 1))
     recipe, numbers, tensors = pack(Stream(((x, w),)), (LogSumExp(exclude_picks=True),))
-    # codes of the padding and of nothing are not compared: they hold whatever was there
-    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(
-        custom_ops.fold_op, (tensors, y, None, recipe, numbers, f"fused,saved,{1 << 20},80", [True, True]), test_utils=tests
-    )
+    # without a backward, which uses up what was saved and which the check then compares
+    torch.library.opcheck(custom_ops.fold_op, (tensors, y, None, recipe, numbers, f"fused,saved,{1 << 20},128", [True, True]))
 
 
 @pytest.mark.parametrize("gradients", ["saved", "forward"])
 def test_a_filter_acts_on_what_was_saved(gradients, used):
-    x, w, b, y = draw("peaked", 200, 700, 32, BF16, 10)
+    torch.manual_seed(0)
+    n, c = 200, 700
+    common = 3.0 * torch.randn(c)  # classes differ by e^8 in the gradients they get
+    x, w = torch.randn(n, 32), torch.randn(c, 32) * 32**-0.5
+    x, w, b = (t.to(BF16).requires_grad_() for t in (x, w, common))
+    y = torch.multinomial(torch.softmax(common, 0), n, replacement=True)
     truth = exact(x, w, b, y)
     with bigclass.planning(gradients=gradients, workspace=8 << 20):
-        loss, stats = bigclass.linear_cross_entropy(x, w, y, linear_bias=b, grad_filter=2**-4, engine="fused", return_stats=True)
+        statistics = gradients == "saved"  # which a loss made in the forward has none of
+        out = bigclass.linear_cross_entropy(x, w, y, linear_bias=b, grad_filter=2**-4, engine="fused", return_stats=statistics)
+        loss, stats = out if statistics else (out, None)
         got = torch.autograd.grad(loss, (x, w, b))
-    assert used
-    assert 0.0 < float(stats.kept_share) < 1.0 and float(stats.promised_error) <= 2**-4
+        dropped = error(torch.autograd.grad(bigclass.linear_cross_entropy(x, w, y, linear_bias=b, engine="fused"), x)[0], got[0])
+    assert used and dropped > 1e-3
+    if stats is not None:
+        assert 0.0 < float(stats.kept_share) < 0.9 and 0.0 < float(stats.promised_error) <= 2**-4
     assert error(got[0], truth[1]) < 2**-4 and error(got[1], truth[2]) < 2**-4 and error(got[2], truth[3]) < 4e-3
 
 
@@ -284,7 +294,7 @@ def test_other_types_and_ragged_rows_make_tiles_again(dtype, d, used):
 
 def test_statistics_and_several_consumers_share_what_was_saved(used):
     """`reduce_logits` itself: nothing has to be a scalar."""
-    x, w, b, y = draw("peaked", 70, 300, 16, BF16, 12)
+    x, w, _, y = draw("peaked", 70, 300, 16, BF16, 12)
 
     def two(engine, x, w):
         with bigclass.planning(gradients="saved"):
