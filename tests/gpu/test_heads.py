@@ -47,7 +47,7 @@ CRITERIA = {
     "float, view": lambda s, y: F.cross_entropy(s.float().view(-1, C), y.view(-1)),
     "log-softmax, nll": lambda s, y: F.nll_loss(F.log_softmax(s, -1), y),
     "scaled, capped": lambda s, y: F.cross_entropy(20.0 * torch.tanh(s / 20.0), y),
-    "bce": lambda s, y: F.binary_cross_entropy_with_logits(s, F.one_hot(y.clamp_min(0), C).to(s.dtype)),
+    "bce": lambda s, y: F.binary_cross_entropy_with_logits(s, F.one_hot(y.clamp_min(0), C).to(s.dtype), reduction="sum") / N,
 }
 
 
