@@ -91,6 +91,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=_count, help="CPU threads (default: torch's)")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory, a process each")
     parser.add_argument("--keep-memory", action=argparse.BooleanOptionalAction, default=True, help="glibc keeps freed memory between calls")
+    parser.add_argument("--plot", action=argparse.BooleanOptionalAction, default=True, help="draw time against memory (needs matplotlib)")
     parser.add_argument("--check", action=argparse.BooleanOptionalAction, default=True, help="compare with a float64 reference")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON file and the plot (default: benchmarks/results)")
     parser.add_argument("--quick", action="store_true", help="few shapes, smaller, fewer rounds: about a minute")
@@ -137,9 +138,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; 1 if one of bigclass' own candidates failed or was wrong, 2 if a package is missing."""
     arguments = sys.argv[1:] if arguments is None else arguments
     comparing = arguments[:1] == ["compare"]
-    options = argparse.Namespace(data=()) if comparing else parse_arguments(arguments)
+    options = argparse.Namespace(data=(), plot=True) if comparing else parse_arguments(arguments)
     try:
-        require("rich", "matplotlib", extra="bench")
+        require("rich", *(["matplotlib"] if options.plot else []), extra="bench")
         if TRAINED in options.data and not trained.is_cached():
             require("tokenizers")
     except ModuleNotFoundError as error:
@@ -185,11 +186,11 @@ def run(options: argparse.Namespace, command: str) -> int:
     console.print(f"figures: {json_path}", soft_wrap=True)
 
     plot_path, title = json_path.with_suffix(".png"), f"{hardware_name(device)}, torch {torch.__version__}"
-    if options.scaling:
+    if options.plot and options.scaling:
         found = {case.shape.name: case for case in cases}
         what = f"{title}, {options.dtype[0]}, {options.data[0]}, forward+backward"
         scaling.plot({axis: [found[shape.name] for shape in along] for axis, along in series.items()}, what, plot_path)
-    elif not report.plot_cases(cases, title, plot_path):
+    elif options.plot and not report.plot_cases(cases, title, plot_path):
         console.print("no plot: it shows time against memory, which was not measured")
     if plot_path.exists():
         console.print(f"plot:    {plot_path}", soft_wrap=True)

@@ -40,14 +40,14 @@ RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]
 STAGES = ("check", "rates", "peers", "shapes", "tiles", "profile")
 MINUTES = 9.0
-WORKERS = 8  # of pytest-xdist: processes on one device, which mostly compile kernels
+WORKERS = min(os.cpu_count() or 1, 16)  # of pytest-xdist, which mostly compile kernels; on the device each takes 0.6 GB and more
 NO_TESTS = 5  # the exit code of pytest
 LEAST = 20  # seconds that a command is started for at all
 GRACE = 15  # seconds in which an interrupted command writes what it has
 
 # Modules that stages import, by the names of their packages; what is missing is said before anything is run
 NEEDED = {
-    "pytest": "pytest", "hypothesis": "hypothesis", "xdist": "pytest-xdist", "rich": "rich", "matplotlib": "matplotlib",
+    "pytest": "pytest", "hypothesis": "hypothesis", "xdist": "pytest-xdist", "rich": "rich",
     "liger_kernel": "liger-kernel", "quack": "quack-kernels", "cut_cross_entropy": "cut-cross-entropy",
 }  # fmt: skip
 LANGUAGE_MODELS = ("llama3-8b", "qwen2.5-7b", "gemma2-2b")
@@ -129,8 +129,10 @@ def _module(name: str, *arguments: str, seconds: float) -> Step:
 
 
 def _check(options: argparse.Namespace) -> list[Step]:
-    workers = ("-n", str(WORKERS)) if importlib.util.find_spec("xdist") else ()
-    return [_module("pytest", "-m", "gpu", "tests/gpu", "-q", "-p", "no:cacheprovider", *workers, seconds=300 if workers else 1500)]
+    workers = ("-n", str(WORKERS), "--dist", "worksteal") if importlib.util.find_spec("xdist") else ()
+    return [
+        _module("pytest", "-m", "gpu", "tests/gpu", "-q", "-p", "no:cacheprovider", *workers, seconds=8000 / WORKERS if workers else 8000)
+    ]
 
 
 def _rates(options: argparse.Namespace) -> list[Step]:
@@ -179,7 +181,7 @@ def _benchmark(
 ) -> Step:
     """`python -m benchmarks` on one shape: a process each, so that the file of one is there when the time of the next is up."""
     command = ["--device", "cuda", "--dtype", "bf16", "--shapes", name, "--passes", *passes, "--rounds", str(options.rounds)]
-    command += ["--out", str(options.out), "--only", *who, *(["--data", data] if data else [])]
+    command += ["--out", str(options.out), "--no-plot", "--only", *who, *(["--data", data] if data else [])]
     kinds = 1 if data else 2
     # to start, to compile, to check and to weigh; then everyone twice a round, about 4 passes, more where logits are written
     calls = len(who) * (2 * options.rounds + 6) * len(passes) * kinds

@@ -6,9 +6,8 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -23,13 +22,10 @@ from .machine import MIB
 from .measure import Case, Figures
 from .peers import DENSE
 
-matplotlib.use("Agg")  # before pyplot: files only, for a machine without a display is the usual one
-
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.axis import Axis
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
 
 SCHEMA = 2  # 1: without the pass "backward" and without "exact"
 BASELINES = (DENSE, FLOOR, FLOOR_FP32)
@@ -245,7 +241,17 @@ def _figures_as_json(case: Case, name: str, which: Pass) -> dict[str, Any]:
     }
 
 
-# Plot
+# Plot, which alone needs matplotlib
+
+
+def pyplot() -> Any:
+    """matplotlib's, for files only: a machine without a display is the usual one."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
 
 
 def plot_cases(cases: Sequence[Case], title: str, path: Path) -> bool:
@@ -255,7 +261,7 @@ def plot_cases(cases: Sequence[Case], title: str, path: Path) -> bool:
         return False
     columns = min(4, len(cases))
     rows = -(-len(cases) // columns)
-    figure, panels = plt.subplots(rows, columns, figsize=(3.6 * columns + 0.4, 3.2 * rows + 1.3), squeeze=False, layout="constrained")
+    figure, panels = pyplot().subplots(rows, columns, figsize=(3.6 * columns + 0.4, 3.2 * rows + 1.3), squeeze=False, layout="constrained")
     handles: dict[str, Any] = {}
     for case, panel in zip(cases, panels.flat, strict=False):
         handles |= _plot_case(case, panel)
@@ -273,11 +279,13 @@ def save(figure: Figure, path: Path) -> None:
     """Write a figure as a PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
+    pyplot().close(figure)
 
 
 def plain_log_axis(axis: Axis) -> None:
     """Ticks at 1, 2 and 5 times powers of ten, written without exponents."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
     axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_locator(NullLocator())

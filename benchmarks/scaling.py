@@ -8,17 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-from matplotlib.axes import Axes
+from typing import TYPE_CHECKING, Any
 
 from .candidate import Pass
 from .floors import FLOOR
 from .measure import Case
 from .ours import FILTERED, OURS
 from .peers import CHUNKED_BEST, DENSE
-from .report import LEAST_BYTES, MARKER_FILTERED, MARKERS, MIB, plain_log_axis, plt, save
+from .report import LEAST_BYTES, MARKER_FILTERED, MARKERS, MIB, plain_log_axis, pyplot, save
 from .shapes import Shape
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 PASS: Pass = "forward+backward"
 AXES = ("rows", "classes")
@@ -45,7 +46,7 @@ def series(base: Shape) -> dict[str, list[Shape]]:
 
 def plot(found: Mapping[str, Sequence[Case]], title: str, path: Path) -> None:
     """Time above, memory below, a column an axis. found: the cases of each axis."""
-    figure, panels = plt.subplots(2, len(AXES), figsize=(9, 7), sharex="col", sharey="row", layout="constrained")
+    figure, panels = pyplot().subplots(2, len(AXES), figsize=(9, 7), sharex="col", sharey="row", layout="constrained")
     handles: dict[str, Any] = {}
     for axis, (above, below) in zip(AXES, panels.T, strict=True):
         handles |= _draw(above, below, axis, found[axis])
