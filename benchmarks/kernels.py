@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bigclass.core import Dot, Fold, LogSumExp, Map, ShiftedMoment, Softcap, Stream, Total
+from bigclass.core import Dot, Fold, LogSumExp, Map, ShiftedMoment, Softcap, Stream, SumFold, Total
 from bigclass.core.engines.filter import ColumnFilter
 from bigclass.core.engines.tiles import Pool
 from bigclass.extras import require
@@ -134,6 +134,8 @@ RECIPES = {
     "poly": Recipe((_one_vs_all("poly", 0),), picks=4, bias=True),
     "asymmetric dense": Recipe((_one_vs_all("asymmetric", 0, "dense"),), bias=True),
     "focal dense weights": Recipe((_one_vs_all("focal", 1, "dense"),), bias=True, weights=True),
+    "stored bce": Recipe((_one_vs_all("bce", 0),), picks=4, bias=True, stored=True),
+    "stored siglip": Recipe((_one_vs_all("bce", 0),), picks=1, bias=True, bias_last=True, learnt_scale=True, stored=True),
     "stored asymmetric": Recipe((_one_vs_all("asymmetric", 0),), picks=4, bias=True, stored=True),
     "stored asymmetric dense": Recipe((_one_vs_all("asymmetric", 1, "dense"),), bias=True, weights=True, stored=True),
     "curricular": Recipe((CurricularLogSumExp((64.0,), exclude_picks=True),), picks=1, class_scale=True),
@@ -248,6 +250,8 @@ def compile_recipe(recipe: Recipe, dtype: torch.dtype, features: int, arch: str)
         problem.fold(at_picks)
         g = torch.empty(n, c, dtype=dtype) if saved is None else saved.codes.view(dtype)
         problem.add_picks(at_picks, problem.gradient(states, grads, keep, g, boost), g, boost)
+        if all(isinstance(f, SumFold) and (f.exclude_picks or not k) for f in folds) and recipe.stored:
+            problem.gradient(states, grads, keep, g, boost, found=[])
         if recipe.filtered:
             kept = filtered.choose(problem, g, 0, _All(), Pool(g, torch.float32))
             xs, ws = zip(*pairs, strict=True)

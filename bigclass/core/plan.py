@@ -86,8 +86,9 @@ SAVED_BYTES = 4
 # 1.7 GHz).
 EPILOGUE_BYTES = 2
 
-# Classes are saved in whole blocks of so many, in 8 steps from none to all.
+# Classes are saved in whole blocks of so many, in so many steps from none to all: few, for a compiled graph is made for one of them.
 SAVED_CLASSES = 1024
+SAVED_STEPS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +182,7 @@ class Plan:
     saved_block: int = 0
 
     def __str__(self) -> str:
-        passes = {"none": "1", "forward": "3", "slabs": "3", "saved": "3 (not saved: 4)", "recompute": "4"}[self.gradients]
+        passes = {"none": "1", "forward": "3", "slabs": "3", "saved": "3 to 4", "recompute": "4"}[self.gradients]
         lines = [
             f"engine     {self.engine}",
             f"gradients  {self.gradients} ({passes} pass{'' if passes == '1' else 'es'} of 2NCD flops)",
@@ -270,7 +271,7 @@ def choose_gradients(work: Work, options: Settings, name: str) -> str:
 
 
 def saved_classes(work: Work, options: Settings, name: str) -> int:
-    """Of how many classes the forward saves logits: all of them, or as many eighths as fit; none where making them again is cheaper.
+    """Of how many classes the forward saves logits: all, or as many sixteenths as fit; none where making them again is cheaper.
 
     The default workspace is then larger by what an fp32 dw would take, which gradients made in the forward need beside it."""
     if name != "fused" or not (work.saves and work.grad):
@@ -284,8 +285,8 @@ def saved_classes(work: Work, options: Settings, name: str) -> int:
     if options.workspace is None:
         room += 4 * c * work.d * work.half
     best = 0
-    for eighth in range(1, 9):
-        some = c if eighth == 8 else c * eighth // 8 // SAVED_CLASSES * SAVED_CLASSES
+    for step in range(1, SAVED_STEPS + 1):
+        some = c if step == SAVED_STEPS else c * step // SAVED_STEPS // SAVED_CLASSES * SAVED_CLASSES
         if saved_size(n, some) <= room:
             best = some
     return best
@@ -706,15 +707,16 @@ def _register_tiles(plan: Plan, device: torch.device, dtype: torch.dtype, featur
 
     there = device.type != "cuda" or torch.cuda.is_available()
     architecture = launch.architecture(device) if there else "sm_90"
-    stored = plan.gradients in ("forward", "slabs")  # all its kernels read logits in fp32
+    stored = plan.gradients in ("forward", "slabs") and not plan.saved  # all its kernels read logits in fp32
     described = stored or features * dtype.itemsize % 16 == 0
 
     def tile(bent: bool) -> str:
-        if plan.saved:
-            t = launch.saving_config(architecture)
-            return f"{t.BM} rows x {t.BN} classes, {t.warps} warps, {t.stages} stages"
-        weight = launch.weight(folds, mapped=bool(maps), bent=bent)
-        t = launch.config(architecture, torch.float32 if stored else dtype, weight, described=described, products=not stored)
+        weight = launch.weight(folds, mapped=bool(maps), bent=bent and not plan.saved)
+        t = (
+            launch.saving_config(architecture, weight)
+            if plan.saved
+            else launch.config(architecture, torch.float32 if stored else dtype, weight, described=described, products=not stored)
+        )
         return f"{t.BM} rows x {t.BN} classes, {t.warps} warps, {t.stages} stages"
 
     fold, gradient = tile(False), tile(bool(maps))

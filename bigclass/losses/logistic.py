@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 def logistic(s):
     """log(1 + e^-|s|), sigma(s), sigma(-s)"""
     e = tl.exp2(-tl.abs(s) * 1.4426950408889634)
-    u = 1.0 + e
-    r = 1.0 / u
-    log1p = tl.where(u == 1.0, e, tl.log(u) * (e / (u - 1.0)))  # Kahan's: log u alone loses e below 2^-24
+    r = 1.0 / (1.0 + e)
+    # log(1 + e) = e P(e), relative to it within 4.7e-9 on [0, 1] (least maximum by reweighted least squares), in fp32 1.5e-7: no logarithm
+    p = -0.05695890635251999 + e * (0.01985112763941288 - e * 0.0032439506612718105)
+    p = -0.24954131245613098 + e * (0.19675926864147186 + e * (-0.15305554866790771 + e * (0.10603591054677963 + e * p)))
+    log1p = e * (1.0 + e * (-0.4999990165233612 + e * (0.3332996070384979 + e * p)))
     return log1p, tl.where(s < 0.0, e, 1.0) * r, tl.where(s < 0.0, 1.0, e) * r
 
 

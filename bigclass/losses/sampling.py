@@ -16,6 +16,7 @@ An et al., "Killing Two Birds with One Stone: Efficient and Robust Training of F
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -90,9 +91,9 @@ def sampled(layer: Layer, target: Tensor, keep: Tensor | None, sampling: Any, ce
     start = sum(sizes[:rank])
     index, shift = _draw(counted, start, sizes[rank], m, sampling)
     # where a class went: of another rank's any, for that rank alone looks
-    starts = torch.tensor([0, *sizes], device=target.device).cumsum(0)
+    starts = _on_device([0, *sizes], target.device).cumsum(0)
     owner = (torch.bucketize(target.clamp_min(0), starts, right=True) - 1).clamp(0, len(sizes) - 1)
-    to = torch.tensor([0, *taken[:-1]], device=target.device).cumsum(0)[owner]
+    to = _on_device([0, *taken[:-1]], target.device).cumsum(0)[owner]
     mine = (target >= start) & (target < start + sizes[rank])
     to = torch.where(mine, sum(taken[:rank]) + torch.searchsorted(index, (target - start).contiguous()), to)
     to = to if keep is None else torch.where(keep, to, target)
@@ -107,6 +108,11 @@ def sampled(layer: Layer, target: Tensor, keep: Tensor | None, sampling: Any, ce
 
 def _times(taken: list[int], centres: int) -> tuple[int, ...]:
     return tuple([n * centres for n in taken])
+
+
+def _on_device(values: Sequence[int], device: torch.device) -> Tensor:
+    """(n,) int64 filled in there: a copy from the host's ordinary memory would wait for the device."""
+    return torch.cat([torch.full((1,), value, device=device) for value in values])
 
 
 def _draw(target: Tensor, start: int, classes: int, m: int, sampling: ClassSampling) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from bigclass.core.plan import Plan, Settings, Work, choose_engine, choose_gradients, make_plan, tile_buffers
+from bigclass.core.plan import Plan, Settings, Work, choose_engine, choose_gradients, make_plan, saved_size, tile_buffers
 from bigclass.memory_plan.settings import Training
 
 # The tiled engine keeps its largest work buffer for the next call, on a CPU, if it is of such a size (core/engines/pages.py).
@@ -84,7 +84,8 @@ def head_memory(
         in_backward and training.half
     ):  # five fp32 copies of a slab, as measured: its gradient as handed on, the weights, what an update takes
         backward += 5 * 4 * plan.class_block * features
-    return HeadMemory(max(forward, backward + dw + dx), 0, idle, plan)
+    kept = saved_size(rows, plan.saved) if plan.gradients == "saved" else 0
+    return HeadMemory(max(forward, backward + dw + dx), kept, idle, plan)
 
 
 def _idle(plan: Plan, classes: int) -> int:

@@ -71,8 +71,11 @@ def test_explain_refuses_what_is_no_tolerance(tolerance):
 def test_the_fused_engine_is_planned_for_gpus():
     pytest.importorskip("triton", reason="Triton is not installed")
     plan = bigclass.explain(8192, 128256, 4096, dtype=torch.bfloat16, device="cuda")
-    assert plan.engine == "fused" and plan.gradients == "forward"
-    assert plan.workspace <= 1 << 30 and "kernels for sm_" in str(plan)
+    assert plan.engine == "fused" and plan.gradients == "saved" and plan.saved == 128256
+    # logits in 16 bits take no more than the workspace and the fp32 dw that gradients made in the forward need
+    assert plan.workspace <= (1 << 30) + 4 * 128256 * 4096 and "kernels for sm_" in str(plan)
+    single = bigclass.explain(8192, 128256, 4096, dtype=torch.float32, device="cuda")
+    assert single.engine == "fused" and single.gradients == "forward" and single.workspace <= 1 << 30
     wide = bigclass.explain(8192, 128256, 4096, dtype=torch.float64, device="cuda")
     assert wide.engine == "tiled" and "not the fused engine, for it has no float64" in str(wide)
 
@@ -80,9 +83,9 @@ def test_the_fused_engine_is_planned_for_gpus():
 def test_explain_names_the_tiles_that_the_kernels_run():
     launch = pytest.importorskip("bigclass.core.engines.fused.launch", reason="Triton is not installed")
 
-    def explained(features=4096, gradients="auto", **options):
+    def explained(features=4096, gradients="auto", dtype=torch.bfloat16, **options):
         with bigclass.planning(gradients=gradients):
-            return str(bigclass.explain(8192, 128256, features, dtype=torch.bfloat16, device="cuda", engine="fused", **options))
+            return str(bigclass.explain(8192, 128256, features, dtype=dtype, device="cuda", engine="fused", **options))
 
     def words(tile):
         return f"{tile.BM} rows x {tile.BN} classes, {tile.warps} warps, {tile.stages} stages"
@@ -92,7 +95,10 @@ def test_explain_names_the_tiles_that_the_kernels_run():
     assert explained(gradients="recompute").endswith(f": {words(half[0])}")
     assert explained(gradients="recompute", label_smoothing=0.1).endswith(f": {words(half[1])}")
     assert explained(gradients="recompute", softcap=30.0).endswith(f": {words(half[0])}; their gradient {words(half[1])}")
-    assert explained().endswith(f": {words(stored[0])}")  # gradients in the forward: kernels read logits in fp32
+    assert explained(dtype=torch.float16).endswith(f": {words(stored[0])}")  # gradients in the forward: kernels read logits in fp32
+    saving = launch.SAVING[architecture]
+    assert explained().endswith(f": {words(saving[0])}") and explained(softcap=30.0).endswith(f": {words(saving[0])}")
+    assert explained(label_smoothing=0.1).endswith(f": {words(saving[1])}")
     assert explained(features=70, gradients="recompute").endswith(f": {words(launch.POINTERS[2][0])}")
     assert explained(folds=(ShiftedMoment(),)).endswith(f": {words(half[2])}")
     assert "asked for" in explained() and "would be" not in explained()
@@ -118,6 +124,41 @@ def test_fused_plans_count_what_is_masked_cast_copied_or_summed_in_fp32():
     g, dx, dw = 8192 * plan.class_block * 2, 8192 * 4096 * 4, plan.class_block * 4096 * 4
     assert plan.workspace == g + dx + dw
     assert make_plan(replace(work, narrow=False), "fused", Settings(None, "recompute")).workspace > plan.workspace
+    direct = make_plan(replace(work, direct=True), "fused", Settings(None, "recompute"))
+    assert direct.workspace == 8192 * direct.class_block * 2 + dx
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "gradients", "share"),
+    [
+        ((8192, 128256, 4096), {}, "saved", 1.0),
+        ((8192, 152064, 3584), {}, "saved", 1.0),
+        ((8192, 256000, 2304), {"softcap": 30.0}, "saved", 0.68),
+        ((4096, 21841, 1024), {}, "saved", 1.0),
+        ((131072, 128256, 4096), {}, "forward", 1.0),  # rows so many that an fp32 dw takes less
+        ((8192, 128256, 64), {}, "recompute", 0.0),  # a product cheaper than what its logits move
+        ((8192, 128256, 4096), {"reduction": "none"}, "saved", 1.0),
+        ((8192, 128256, 4096), {"dtype": torch.float16}, "forward", 0.0),
+        ((8192, 128256, 4096), {"softcap": 30.0, "label_smoothing": 0.1}, "forward", 0.0),
+    ],
+    ids=str,
+)
+def test_a_gpu_saves_what_fits_and_pays(shape, options, gradients, share):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    plan = bigclass.explain(*shape, device="cuda", **{"dtype": torch.bfloat16, **options})
+    assert (plan.engine, plan.gradients) == ("fused", gradients)
+    assert share <= plan.saved / shape[1] <= share + 0.01
+    assert plan.saved_block <= plan.saved and plan.class_block % 64 == 0 or plan.class_block == shape[1]
+
+
+@pytest.mark.parametrize("megabytes", [16, 64, 256, 1024])
+def test_a_smaller_workspace_saves_fewer_classes(megabytes):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    with bigclass.planning(workspace=megabytes << 20, gradients="saved"):
+        plan = bigclass.explain(8192, 128256, 1024, dtype=torch.bfloat16, device="cuda")
+    assert plan.gradients == ("saved" if plan.saved else "recompute")
+    assert plan.workspace <= (megabytes << 20) + 8192 * 1024 * 4 + (48 << 20)  # dx in fp32, and a slab of at least 256 classes
+    assert plan.saved >= 7168 * int(megabytes >= 256) + 40000 * int(megabytes >= 1024)
 
 
 def test_the_fused_engine_says_why_it_cannot_run(monkeypatch):

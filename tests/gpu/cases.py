@@ -329,7 +329,7 @@ CASES: dict[str, Case] = {
     "cross-entropy, shifted, rows": Case(sequences(CE, shift=2, reduction="none"), plans=ROWS),
     "cross-entropy, adapters of a frozen weight": Case(partial(adapted, rank=8, frozen=True)),
     "cross-entropy, adapters": Case(partial(adapted, rank=3, frozen=False)),
-    "cross-entropy, sampled": Case(sampled, waits=True),
+    "cross-entropy, sampled": Case(sampled),
     "poly": Case(softmax(bigclass.linear_poly_cross_entropy, label_smoothing=0.1)),
     "log-sum-exp": Case(softmax(lambda x, w, _, **options: bigclass.linear_logsumexp(x, w, **options)), plans=ROWS),
     "log-sum-exp, picks": Case(lambda dtype: picked(dtype), plans=ROWS),

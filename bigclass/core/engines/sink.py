@@ -94,8 +94,7 @@ class Sink:
             ]
         plain = direct and st.class_scale is None and maker.alpha_tensor is None
         self._direct = [
-            plain and dw is not None and dw.dtype == of_product
-            for dw, of_product in zip(self.dw, maker.operand_dtypes, strict=True)
+            plain and dw is not None and dw.dtype == of_product for dw, of_product in zip(self.dw, maker.operand_dtypes, strict=True)
         ]
         # Where rows are whole, so are tails; elsewhere each slab has its own, added at once.
         self.gathered = plan.gathered if plan is not None else 0

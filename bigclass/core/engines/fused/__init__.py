@@ -7,7 +7,8 @@
     stream_loss      for each chunk of rows: logits by library products, kept in fp32; the fold kernel reads them; row_loss on the
                      chunk's statistics; the gradient kernel turns a slab of them into G; dw += G^T x, dx += G w         3 passes
                      (where 16 bits will do: the fold kernel makes them and saves them)
-    slab_loss        the same for sums over classes, a slab of classes of all rows at a time: nothing waits for whole rows
+    slab_loss        for each slab of classes: logits by library products, in fp32; one kernel reads them, folds their sums and writes
+                     their G, for nothing waits for whole rows; then as reduce_backward                                  3 passes
 
 Memory: reduce: 4 bytes x states x N x splits. reduce_backward: a slab of G, and dx in fp32 (N x D) for half types. stream_loss: a chunk of
 logits, a slab of G and, for half types, dw in fp32. One program writes each G and each sum is made in one order: same bits every run.
@@ -207,17 +208,31 @@ class Problem:
         saves = [self.saved is not None and f.can_save() for f in self.folds]
         return [compose.part_of(f, *flags) for f, *flags in zip(self.folds, active, saves, strict=True)]
 
+    def _droppable(self) -> bool:
+        """May the picks' stored logits be -inf instead of being searched for in each tile? Nothing must turn that into something else."""
+        st = self.stream
+        plain = not st.maps and st.scale_tensor is None and st.class_scale is None and st.given is None and st.scale > 0.0
+        return self.stored is not None and plain and all(isinstance(f, SumFold) and f.vanishes and f.exclude_picks for f in self.folds)
+
+    def _drop_picks(self) -> None:
+        assert self.stored is not None and self.picks is not None
+        launch.start(
+            kernels.drop_picks, -(-self.n // launch.MERGE_BLOCK), self.stored.device,
+            [self.picks, self.stored, self.class_base, self.n, self.c, self.k, self.stored.stride(0)], {"BLOCK": launch.MERGE_BLOCK},
+        )  # fmt: skip
+
     def _states(self, axis: str, count: int, n: int) -> list[Tensor]:
         like = self.stream.tensors[0]
         parts = sum(len(f.differentiable) for f in self.folds if f.axis == axis)
         return [like.new_empty((count, n), dtype=torch.float32) for _ in range(parts)]
 
     def gradient(
-        self, states: Sequence[State], grads: Sequence[Sequence[Tensor | None]], keep: Tensor | None, out: Tensor, boost: float
-    ) -> Tensor | None:
+        self, states: Sequence[State], grads: Sequence[Sequence[Tensor | None]], keep: Tensor | None, out: Tensor, boost: float,
+        found: list[State] | None = None,
+    ) -> Tensor | None:  # fmt: skip
         """out (N, C) = boost dL/dz but for the picks, whose entries mean nothing yet. What the folds gave there, for `add_picks`.
 
-        states, grads: of each fold, flat vectors.
+        states, grads: of each fold, flat vectors. found: takes the states of these classes, of sums over rows, from the same pass.
         """
         active = [any(g is not None for g in parts) for parts in grads]
         excluded = [f.exclude_picks for f, there in zip(self.folds, active, strict=True) if there]
@@ -234,24 +249,37 @@ class Problem:
                 tensors += [t.contiguous() for t in state]
                 given = [g for g, d in zip(parts, f.differentiable, strict=True) if d]
                 tensors += [torch.zeros_like(state[0]) if g is None else g.float().contiguous() for g in given]
+        folded = found is not None
         exclude = noted and any(excluded)
+        if folded and self.k > 0 and any(f.exclude_picks for f in self.folds):
+            if self._droppable():
+                self._drop_picks()
+            else:
+                searched, exclude = self.picks, True
         if self.saved is not None:
             self._saved_gradient(self.saved, made, searched, base, keep, tensors, numbers, out, exclude)
             return base
         config, device = self._config(folds, searched=noted, bent=bool(self.stream.maps)), self.stream.device
+        if folded:
+            config = self._config(self.folds, searched=self.k > 1, bent=True)
+        rows = self._states("rows", -(-self.c // config.BN), self.n) if folded else []
         pointers, numbers_of, constants, filler = self._shared(config)
         tma_out = config.tma and launch.describable([out])
         launch.start(
             kernels.gradient,
             -(-self.n // config.BM) * -(-self.c // config.BN),
             device,
-            [*pointers, searched, base, keep, _tuple(tensors, filler),
+            [*pointers, searched, base, keep, _tuple(tensors, filler), _tuple(rows, filler),
              launch.operand(out, config.BM, config.BN, tma_out), self.stream.scale, boost, _tuple(numbers, 0.0),
              self.class_base, self.n, self.c, self.k, *numbers_of, out.stride(0)],
-            constants | {"BEND": made.bend, "GRADIENT": made.gradient, "ONE_PICK": self.k == 1, "EXCLUDE": exclude,
+            constants | {"BEND": made.bend, "START": made.start, "UPDATE": made.update, "STORE": made.store, "GRADIENT": made.gradient,
+                         "ONE_PICK": self.k == 1, "EXCLUDE": exclude, "FOLDED": folded,
                          "BOOSTED": boost != 1.0, "TMA_OUT": tma_out},
             config,
         )  # fmt: skip
+        if found is not None:
+            taken = iter(merged(rows, made.load_rows, made.merge_rows, made.store))
+            found += [tuple([next(taken) for _ in f.differentiable]) for f in self.folds]
         return base
 
     def _saved_gradient(
@@ -488,17 +516,16 @@ def slab_loss(
     up = _Up.of(source, (*folds, *observed), states, [*grads, *[[None] * len(f.differentiable) for f in observed]], h, everything)
     sink.open_rows(everything)
     xs = maker.features(everything)
-    scratch = like.new_zeros((n, 0 if chosen is None else picks_shape(chosen)[1]))
     for c in spans(maker.c, plan.class_block) if n else []:
         ws, sums = maker.slab(c), sink.open_slab(c)
         stored = maker.pool.get("kept", n, c.size)
         for p, (x, w) in enumerate(zip(xs, ws, strict=True)):
             product(x, w.t(), stored, beta=float(p > 0))
-        found = source.problem(everything, c, (), stored).fold(scratch)
+        found: list[State] = []
+        source.add_gradient(sink, everything, c, [], up, stored, xs, ws, sums, first_rows=True, found=found)
         for f, state, new in zip((*folds, *observed), states, found, strict=True):
             for old, part in zip(state, f.merge(state, tuple([t.unsqueeze(-1) for t in new])), strict=True):
                 old.copy_(part)
-        source.add_gradient(sink, everything, c, [], up, stored, xs, ws, sums, first_rows=True)
         sink.close_slab(c, sums)
     if n == 0:
         sink.no_rows()
@@ -622,7 +649,7 @@ class _Source:
 
     def gradient(
         self, r: Span, c: Span, pairs: Sequence[tuple[Tensor, Tensor]], up: _Up, stored: Tensor | None, sink: Sink, saved: Saved | None,
-        in_place: bool,
+        in_place: bool, found: list[State] | None,
     ) -> tuple[Tensor, filtered.Kept | None]:  # fmt: skip
         """G of rows r and classes c, in the type of the products and boosted. Which columns the sink's filter keeps, if it has one."""
         if saved is not None and in_place:
@@ -635,7 +662,7 @@ class _Source:
             for f, parts in zip(self.folds, up.grads, strict=True)
         ]
         problem = self.problem(r, c, pairs, stored, saved)
-        base = problem.gradient(states, grads, up.keep, out, sink.boost)
+        base = problem.gradient(states, grads, up.keep, out, sink.boost, found)
         kept = None if sink.filter is None else filtered.choose(problem, out, r.start, sink.filter, self.maker.pool)
         problem.add_picks(up.h, base, out, sink.boost)
         return out, kept
@@ -643,13 +670,14 @@ class _Source:
     def add_gradient(
         self, sink: Sink, r: Span, c: Span, pairs: Sequence[tuple[Tensor, Tensor]], up: _Up, stored: Tensor | None,
         xs: list[Tensor], ws: list[Tensor], sums: list[Tensor | None], *, first_rows: bool, saved: Saved | None = None,
-        in_place: bool = False,
+        in_place: bool = False, found: list[State] | None = None,
     ) -> None:  # fmt: skip
         """Make G of rows r and classes c and add it up. xs, ws: operands of the products. sums: of dw; first_rows: are they still empty?
 
-        saved: the logits, if the forward saved them; in_place: may G take their place?"""
+        saved: the logits, if the forward saved them; in_place: may G take their place? found: takes the states of these classes
+        (`Problem.gradient`)."""
         first_classes = c.start == 0
-        g, kept = self.gradient(r, c, pairs, up, stored, sink, saved, in_place)
+        g, kept = self.gradient(r, c, pairs, up, stored, sink, saved, in_place, found)
         if kept is None:
             sink.add(g, None, xs, ws, sums, r, c, first_rows=first_rows, first_classes=first_classes)
             return

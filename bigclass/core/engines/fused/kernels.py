@@ -3,8 +3,10 @@
     fold      for a band of BM rows, for tiles of BN classes: acc = sum_p x_p w_p^T; s = maps(raw(acc)); states of the row folds stay in
               registers over the band; states of the column folds and the picked logits are written as tiles meet them
     merge     states of the class splits (of the row blocks, for column folds) to one
-    gradient  one tile a program: acc again (or read, where the forward stored it), G = dL/dz, written in the operands' type
+    gradient  one tile a program: acc again (or read, where the forward stored it), G = dL/dz, written in the operands' type; and, of
+              folds that are sums and ask for no other's state, the fold too
     saved_gradient          the same from logits that the forward saved in 16 bits (saved.py)
+    drop_picks              stored logits of the picks = -inf
     read_picks, add_picks   N K dot products: the picked logits; G[i, pick_ik] = what the folds gave there + h_ik
 
 Flops: fold and gradient 2NCD each. Bytes: fold reads w once for each group of bands (8 or 16: `Config.group`) and x once for each class
@@ -12,6 +14,7 @@ split (from L2 while a group's x fits), writes 4 x states x N x splits, and 2 N 
 same and writes the operand size x N x C; saved_gradient reads and writes 2 N C. Floor: the GEMM's time; of the last the copy's.
 Epilogue instructions a logit (sm_90, 8 warps, from the compiled binary; `python -m benchmarks.kernels` prints them): see launch.py.
 
+C is specialised (a multiple of 16, or not): what is read of memory with a mask for classes is then read 16 bytes at a time.
 Ragged ends: rows past N repeat the last row (or read zeros) and are never stored, classes past C are -inf and only in a last, peeled tile,
 features past D are zeros. Offsets into N x C and C x D are 64 bits wide.
 """
@@ -184,7 +187,7 @@ def _fold_tile(state, at, x0, w0, x1, w1, stored, class_scale, given, bias, scal
     return state, at
 
 
-@triton.jit(do_not_specialize=["class_base", "N", "C", "K", "split_tiles", "splits"])
+@triton.jit(do_not_specialize=["class_base", "N", "K", "split_tiles", "splits"])
 def fold(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, picks, picked, tensors, row_out, column_out, codes, references,
          scale, numbers, class_base, N, C, K, D0, D1,
          x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, given_stride, codes_stride, split_tiles, splits,
@@ -278,17 +281,20 @@ def _note_picks(base, g, picks, rows, class0, cols, class_base, N, K, BN: tl.con
             there = coming < class0 + BN
 
 
-@triton.jit(do_not_specialize=["class_base", "N", "C", "K"])
-def gradient(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, picks, base, keep, tensors, out,
+@triton.jit(do_not_specialize=["class_base", "N", "K"])
+def gradient(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, picks, base, keep, tensors, row_out, out,
              scale, boost, numbers, class_base, N, C, K, D0, D1,
              x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, given_stride, out_stride,
-             BEND: tl.constexpr, GRADIENT: tl.constexpr, ONE_PICK: tl.constexpr, EXCLUDE: tl.constexpr,
+             BEND: tl.constexpr, START: tl.constexpr, UPDATE: tl.constexpr, STORE: tl.constexpr, GRADIENT: tl.constexpr,
+             ONE_PICK: tl.constexpr, EXCLUDE: tl.constexpr, FOLDED: tl.constexpr,
              BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr, TMA_OUT: tl.constexpr,
              EVEN_D: tl.constexpr, SCALED: tl.constexpr, BIAS_LAST: tl.constexpr,
              PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, BOOSTED: tl.constexpr):  # fmt: skip
     """out[i, j] = boost dL/dz_ij but for the picks' own gradients, one tile a program.
 
-    picks: None where no fold counts them (`add_picks` writes over them); else those folds' gradient at the picks goes to base (N, K)."""
+    base: None where no fold counts the picks (`add_picks` writes over them); else takes those folds' gradient at the picks (N, K).
+    FOLDED: the row folds' states of each tile go to row_out (tiles, N). Of folds whose gradient needs no state: one pass for both.
+    picks: None where neither asks for them."""
     bands, tiles = tl.cdiv(N, BM), tl.cdiv(C, BN)
     group = tl.program_id(0) // (GROUP * tiles)
     width = tl.minimum(bands - group * GROUP, GROUP)
@@ -307,12 +313,19 @@ def gradient(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, pic
         hit = _hits(picks, rows, class0, cols, class_base, N, K, BN, ONE_PICK)
         sx = tl.where(hit, float("-inf"), s)
         livex = live & (hit == 0)
-    g = GRADIENT(z, s, sx, live, livex, row0, class0, rows, cols, N, C, tensors, numbers, False, EXCLUDE, None)
+    if FOLDED:
+        inside = livex & (rows < N)[:, None]
+        state = UPDATE(
+            START(BM), s, sx, live, inside, row0, class0, rows, cols, N, C, tensors, numbers, True, EXCLUDE, None, None, 0, False
+        )
+        STORE(state, row_out, (class0 // BN).to(tl.int64) * N, rows, N)
+    NOTED: tl.constexpr = EXCLUDE and base is not None  # pyright: ignore[reportAssignmentType]
+    g = GRADIENT(z, s, sx, live, livex, row0, class0, rows, cols, N, C, tensors, numbers, False, NOTED, None)
     if keep is not None:
         g = tl.where(tl.load(keep + rows, mask=rows < N, other=0)[:, None] != 0, g, 0.0)
     if BOOSTED:
         g *= boost
-    if picks is not None:
+    if base is not None:
         _note_picks(base, g, picks, rows, class0, cols, class_base, N, K, BN, ONE_PICK)
     if TMA_OUT:
         out.store([row0, class0], _rounded(g, out.dtype, INTERPRETED))
@@ -397,6 +410,16 @@ def _row_dot(x, w, rows, pick, inside, D, x_stride, w_stride, BLOCK: tl.constexp
         b = tl.load(w + pick.to(tl.int64)[:, None] * w_stride + k[None, :], mask=there, other=0.0).to(tl.float32)
         total += a * b
     return tl.sum(total, axis=1)
+
+
+@triton.jit(do_not_specialize=["class_base", "N", "C", "K"])
+def drop_picks(picks, stored, class_base, N, C, K, stride, BLOCK: tl.constexpr):
+    """stored (N, C) = -inf at the picks, where a fold that leaves them out has nothing to find."""
+    rows = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    for k in range(0, K):
+        pick = tl.load(picks + rows * K + k, mask=rows < N, other=-1) - class_base
+        inside = (pick >= 0) & (pick < C) & (rows < N)
+        tl.store(stored + rows * stride + pick, tl.full((BLOCK,), float("-inf"), tl.float32), mask=inside)
 
 
 @triton.jit(do_not_specialize=["class_base", "N", "C", "K"])
