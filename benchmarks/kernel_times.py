@@ -21,7 +21,7 @@ import bigclass
 
 from .data import Problem, make_problem
 from .floors import FLOOR, floors_for
-from .limits import IN_FORWARD, RECOMPUTE, of_candidate
+from .limits import IN_FORWARD, RECOMPUTE, SAVED, of_candidate
 from .machine import describe_machine, describe_versions
 from .shapes import SHAPES
 from .timing import seconds_a_call
@@ -29,6 +29,7 @@ from .timing import seconds_a_call
 RESULTS = Path(__file__).parent / "results"
 # name: (engine, plan, filter, data)
 PLANS: dict[str, tuple[str, str, float | None, str]] = {
+    "fused-saved": ("fused", "saved", None, "flat"),
     "fused-forward": ("fused", "forward", None, "flat"),
     "fused-recompute": ("fused", "recompute", None, "flat"),
     "tiled-forward": ("tiled", "forward", None, "flat"),
@@ -36,7 +37,7 @@ PLANS: dict[str, tuple[str, str, float | None, str]] = {
     "filter-2^-8": ("auto", "auto", 2.0**-8, "peaked"),
     "filter-2^-6": ("auto", "auto", 2.0**-6, "peaked"),
 }
-CANDIDATES = {"fused-forward": IN_FORWARD, "fused-recompute": RECOMPUTE}  # whose limit is printed beside
+CANDIDATES = {"fused-saved": SAVED, "fused-forward": IN_FORWARD, "fused-recompute": RECOMPUTE}  # whose limit is printed beside
 LONGEST_NAME = 70
 
 

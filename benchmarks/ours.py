@@ -44,6 +44,7 @@ def ours_for(shape: Shape) -> list[Candidate]:
         _ours("bigclass tiled, recompute", "tiled engine, logits made again for the gradients", "tiled", "recompute", GRADIENT_PASSES),
         _ours("bigclass fused", "fused engine: logits in registers", "fused", "auto", ("forward",)),
         _ours("bigclass fused, in forward", "fused engine, gradients made in the forward", "fused", "forward", GRADIENT_PASSES),
+        _ours("bigclass fused, saved", "fused engine, logits saved in 16 bits for the gradient", "fused", "saved", GRADIENT_PASSES),
         _ours("bigclass fused, recompute", "fused engine, logits made again for the gradients", "fused", "recompute", GRADIENT_PASSES),
         _ours("bigclass dense", "dense engine", "dense", "auto"),
     ]

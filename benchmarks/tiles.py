@@ -1,6 +1,6 @@
 """Tile shapes of the fused kernels side by side on a GPU: `python -m benchmarks.tiles`.
 
-For each named shape the fold kernel (one pass of 2NCD flops), the gradient kernel on one slab of classes and the whole of both plans, with
+For each named shape the fold kernel (one pass of 2NCD flops), the gradient kernel on one slab of classes and the whole of each plan, with
 every tile of `VARIANTS` in place of the table's, beside a bare GEMM of the same product in the same rounds. What wins belongs into
 the table of bigclass/core/engines/fused/launch.py, by hand: a training run never tunes.
 """
@@ -11,8 +11,10 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -70,6 +72,7 @@ def main() -> int:
 def measure(shape: Shape, device: torch.device, rounds: int) -> dict[str, object]:
     """Median milliseconds of every variant on one shape (bf16, flat), each with its ratio to the bare GEMM's pass."""
     from bigclass.core.engines.fused import launch
+    from bigclass.core.engines.fused.saved import ALIGNED
 
     problem = make_problem(shape, "flat", torch.bfloat16, device)
     x, w, y = problem.input.detach().requires_grad_(), problem.linear_weight.detach().requires_grad_(), problem.target
@@ -83,16 +86,16 @@ def measure(shape: Shape, device: torch.device, rounds: int) -> dict[str, object
 
     architecture = launch.architecture(device)
 
-    def with_tiles(variant: dict[str, int], key: tuple[str, int], call):
+    def with_tiles(variant: dict[str, int], tables: dict[Any, Any], key: tuple[str, int] | str, call: Callable[[], None]):
         """call, with the light and the heavy tile changed (a soft cap's gradient runs the heavy one)."""
-        light, heavy, *rest = table = launch.TABLE[key]
+        light, heavy, *rest = table = tables[key]
 
         def run() -> None:
-            launch.TABLE[key] = (replace(light, **variant), replace(heavy, **variant), *rest)
+            tables[key] = (replace(light, **variant), replace(heavy, **variant), *rest)
             try:
                 call()
             finally:
-                launch.TABLE[key] = table
+                tables[key] = table
 
         return run
 
@@ -110,11 +113,17 @@ def measure(shape: Shape, device: torch.device, rounds: int) -> dict[str, object
 
     calls, names, failures = [gemm], ["bare GEMM"], {}
     for variant in VARIANTS:
-        # "in forward" reads its logits from memory, in fp32: another entry of the table, and no products
-        roads = (("forward", 2, forward), ("recompute", 2, backward("recompute")), ("in forward", 4, backward("forward")))
-        for what, itemsize, call in roads:
+        # the fold that saves logits, a whole number of whose tiles is as wide as rows are aligned, has a table of its own
+        in_registers = launch.TABLE, (architecture, 2)
+        roads: list[tuple[str, dict[Any, Any], Any, Callable[[], None]]] = [
+            ("forward", *in_registers, forward),
+            ("recompute", *in_registers, backward("recompute")),
+        ]
+        if ALIGNED % variant.get("BN", 1) == 0:
+            roads.append(("saved", launch.SAVING, architecture, backward("saved")))
+        for what, tables, key, call in roads:
             title = f"{what} {variant or 'table'}"
-            run = with_tiles(variant, (architecture, itemsize), call)
+            run = with_tiles(variant, tables, key, call)
             try:
                 run()
             except Exception as error:  # a tile that does not fit the device is a finding
@@ -122,7 +131,8 @@ def measure(shape: Shape, device: torch.device, rounds: int) -> dict[str, object
                 continue
             calls.append(run)
             names.append(title)
-    tiles = {itemsize: [asdict(t) for t in launch.TABLE[architecture, itemsize]] for itemsize in (2, 4)}
+    tables = {"in registers": launch.TABLE[architecture, 2], "saving": launch.SAVING[architecture]}
+    tiles = {name: [asdict(t) for t in table] for name, table in tables.items()}
     times = interleave(calls, [1] * len(calls), rounds, device)
     medians = {name: 1e3 * sorted(seconds)[len(seconds) // 2] for name, seconds in zip(names, times, strict=True)}
     floor = medians["bare GEMM"]

@@ -32,7 +32,7 @@ def at(full: T, small: T) -> T:
 
 
 Road = tuple[str, str]  # engine, plan
-ROADS: tuple[Road, ...] = (("tiled", "forward"), ("tiled", "recompute"), ("fused", "forward"), ("fused", "recompute"))
+ROADS: tuple[Road, ...] = (("tiled", "forward"), ("tiled", "recompute"), ("fused", "forward"), ("fused", "recompute"), ("fused", "saved"))
 ENGINES = ("tiled", "fused")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Of the products' operands gradients are rounded to: half an ulp of G's tile and half of the gradient, with room for what cancels.

@@ -45,6 +45,7 @@ class Saved:
     @classmethod
     def of(cls, tensors: Sequence[Tensor], classes: int, width: int) -> Saved:
         """From `saved_shapes` tensors, for the first so many classes."""
+        assert ALIGNED % width == 0, f"rows of {ALIGNED} classes are no whole tiles of {width}"
         codes, references = tensors
         return cls(codes[:, :classes], references, width)
 
