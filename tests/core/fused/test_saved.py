@@ -53,11 +53,11 @@ def part_of_the_classes(monkeypatch, count: int, block: int) -> None:
 
 
 @pytest.mark.parametrize("gradients", ["saved", "forward"])
-@settings(max_examples=10, phases=[Phase.generate])
+@settings(max_examples=5, phases=[Phase.generate])
 @given(
     kind=st.sampled_from(KINDS),
-    n=st.integers(64, 100),
-    c=st.integers(257, 600),
+    n=st.integers(33, 70),
+    c=st.integers(65, 300),
     d=st.integers(1, 12),
     seed=st.integers(0, 2**31),
     bias=st.booleans(),
@@ -72,8 +72,7 @@ def test_a_single_draw_is_as_exact_as_tiles_made_again(gradients, kind, n, c, d,
         assert error(z, exactly) <= 1.05 * error(other, exactly) + 4 * 2.0**-24, name
 
 
-@pytest.mark.parametrize("gradients", ["saved", "forward"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "gradients"), [*((kind, "saved") for kind in KINDS), ("peaked", "forward")])
 def test_pooled_over_draws_no_output_and_no_gradient_is_less_exact_than_dense(gradients, kind, used):
     check_pooled(("fused", gradients), BF16, kind, 64, 300, 48, draws=8)
     assert used and set(used) == {300}
@@ -86,10 +85,10 @@ def test_pooled_over_draws_no_output_and_no_gradient_is_less_exact_than_dense(gr
     ids=str,
 )
 def test_options_give_what_tiles_made_again_give(options, gradients, used):
-    x, w, b, y = draw("peaked", 70, 700, 40, BF16, 1)
+    x, w, b, y = draw("peaked", 40, 200, 40, BF16, 1)
     y[3] = -100
     options = {name: value for name, value in options.items() if name != "weighted"} | (
-        {"weight": torch.rand(700) + 0.5} if "weighted" in options else {}
+        {"weight": torch.rand(200) + 0.5} if "weighted" in options else {}
     )
     got = with_gradients(ours(x, w, b, y, ("fused", gradients), **options), (x, w, b))
     assert used
@@ -101,9 +100,9 @@ def test_options_give_what_tiles_made_again_give(options, gradients, used):
         assert error(z, other) < 1e-3, name
 
 
-@pytest.mark.parametrize(("count", "block"), [(512, 256), (64, 64), (700, 128), (640, 640)])
+@pytest.mark.parametrize(("count", "block"), [(256, 128), (64, 64), (300, 128), (192, 192)])
 def test_some_classes_are_saved_and_the_others_made_again(count, block, monkeypatch, used):
-    x, w, b, y = draw("peaked", 130, 700, 24, BF16, 2)
+    x, w, b, y = draw("peaked", 70, 300, 24, BF16, 2)
     want = with_gradients(ours(x, w, b, y, ("fused", "recompute"), label_smoothing=0.1), (x, w, b))
     part_of_the_classes(monkeypatch, count, block)
     got = with_gradients(ours(x, w, b, y, ROAD, label_smoothing=0.1), (x, w, b))
@@ -154,7 +153,7 @@ def test_a_second_backward_makes_logits_again(used):
 
 
 def test_the_same_bits_each_time():
-    x, w, b, y = draw("peaked", 130, 400, 24, BF16, 7)
+    x, w, b, y = draw("peaked", 70, 200, 24, BF16, 7)
     runs = [with_gradients(ours(x, w, b, y, ROAD), (x, w, b)) for _ in range(2)]
     assert all(torch.equal(a, c) for a, c in zip(*runs, strict=True))
 
@@ -178,7 +177,7 @@ def backward(loss, *leaves):
 
 def test_one_graph_leaves_what_was_saved_as_it_is(used):
     """There another backward may follow, and no pass may write to a saved tensor: G has a buffer of its own."""
-    x, w, b, y = draw("peaked", 70, 600, 16, BF16, 9)
+    x, w, b, y = draw("peaked", 40, 300, 16, BF16, 9)
     want = with_gradients(ours(x, w, b, y, ROAD), (x, w, b))
 
     def loss(x, w, b):
@@ -204,7 +203,7 @@ def test_the_op_passes_opcheck():
 @pytest.mark.parametrize("gradients", ["saved", "forward"])
 def test_a_filter_acts_on_what_was_saved(gradients, used):
     torch.manual_seed(0)
-    n, c = 200, 700
+    n, c = 100, 300
     common = 3.0 * torch.randn(c)  # classes differ by e^8 in the gradients they get
     x, w = torch.randn(n, 32), torch.randn(c, 32) * 32**-0.5
     x, w, b = (t.to(BF16).requires_grad_() for t in (x, w, common))
@@ -223,7 +222,7 @@ def test_a_filter_acts_on_what_was_saved(gradients, used):
 
 
 def test_autocast_casts_slabs_of_a_float32_weight(used):
-    x, w, b, y = draw("peaked", 40, 900, 24, torch.float32, 5)
+    x, w, b, y = draw("peaked", 40, 300, 24, torch.float32, 5)
     with torch.autocast("cpu", dtype=BF16):
         got = with_gradients(ours(x, w, b, y, ROAD), (x, w, b))
     assert used
