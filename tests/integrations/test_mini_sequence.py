@@ -240,10 +240,11 @@ def image_model(name: str, side: int = 0) -> Any:
 
 @pytest.mark.parametrize("name", TIMM)
 def test_a_timm_model_computes_what_it_did(name):
-    model = image_model(name, TIMM[name])
+    # float64: batch norms of two images make 3e-4 of an fp32 rounding on some CPUs
+    model = image_model(name, TIMM[name]).double()
     side = TIMM[name] or model.pretrained_cfg["input_size"][-1]
-    images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
-    converted = compare(model, lambda m: nn.functional.cross_entropy(m(images), torch.tensor([3, 1])), 7)
+    images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1)).double()
+    converted = compare(model, lambda m: nn.functional.cross_entropy(m(images), torch.tensor([3, 1])), 7, 1e-9)
     assert converted == {"GluMlp" if name.startswith("eva") else "Mlp"}
 
 
