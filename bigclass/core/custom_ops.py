@@ -3,7 +3,7 @@
 A stream and its folds cross as a string of registered names, numbers and tensors (recipe.py); the plan crosses as a string too:
 
     fold_op     "engine,gradients,workspace,saved"        states of the folds and picked logits; tiles are made again in the backward, or
-                                                          read from what the forward saved of the first `saved` classes (fused/saved.py)
+                                                          read from what the forward saved of `saved` sixteenths of the classes
     loss_op     "engine,gradients,workspace,observed"     the loss, states of the observed folds, and the gradients of what needs them
 
 What the filter kept is known in the backward, and wanted in a tensor that the forward returned. A graph that writes to it there cannot be
@@ -23,6 +23,7 @@ from torch import Tensor
 from bigclass.core.engines import streaming_engine
 from bigclass.core.folds import Fold, State
 from bigclass.core.guards import autocast_off, autograd_inside_op, refuse_create_graph
+from bigclass.core.plan import classes_of
 from bigclass.core.problem import assert_picks, is_affine, parted, plan_of, saved_of, squeezed, summed, upstream_of, work_of
 from bigclass.core.recipe import unpack
 from bigclass.core.row_losses import ROW_LOSSES
@@ -40,7 +41,7 @@ def fold_op(
         saved = saved_of(plan)
         chosen = plan_of(plan, work_of(stream, folds, keep, scalar=False, grad=saved > 0), saved)
         engine = streaming_engine(chosen.engine)
-        room = engine.room_for(stream, saved) if saved else []
+        room = engine.room_for(stream, chosen.saved) if saved else []
         options: dict[str, Any] = {"saved": room} if saved else {}
         states, picked = engine.reduce(stream, picks, keep, folds, chosen, **options)
     return [t for state in states for t in state] + ([] if picked is None else [picked]) + room
@@ -50,7 +51,7 @@ def fold_op(
 def _(tensors, picks, keep, recipe, numbers, plan, needs, report=None):
     stream, folds = unpack(recipe, numbers, tensors)
     saved = saved_of(plan)
-    room = streaming_engine(plan.split(",")[0]).room_for(stream, saved) if saved else []
+    room = streaming_engine(plan.split(",")[0]).room_for(stream, classes_of(saved, stream.shape[1])) if saved else []
     return _fake_outputs(stream, folds, picks) + room
 
 

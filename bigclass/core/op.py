@@ -31,7 +31,7 @@ from bigclass.core.engines.filter import exact_report
 from bigclass.core.errors import ArgumentError
 from bigclass.core.folds import Fold, State
 from bigclass.core.guards import autocast_off, refuse_transforms
-from bigclass.core.plan import Settings, choose_engine, choose_gradients, make_plan, saved_classes, settings
+from bigclass.core.plan import Settings, choose_engine, choose_gradients, make_plan, saved_steps, settings
 from bigclass.core.problem import assert_picks, beside, check, engine_for, is_affine, squeezed, states_of, summed, work_of
 from bigclass.core.recipe import pack
 from bigclass.core.row_losses import ROW_LOSSES
@@ -74,7 +74,7 @@ def reduce_logits(
         refuse_transforms([*stream.tensors, *(t for f in folds for t in f.tensors)])
         recipe, numbers, tensors = pack(stream, folds)
         needs = [t.requires_grad and torch.is_grad_enabled() for t in tensors]
-        saved = saved_classes(work_of(stream, folds, keep, scalar=False, grad=any(needs)), settings(), name)
+        saved = saved_steps(work_of(stream, folds, keep, scalar=False, grad=any(needs)), settings(), name)
         plan = f"{name},{'saved' if saved else 'recompute'},{settings().workspace or 0},{saved}"
         outputs = fold_op(tensors, picks, keep, recipe, numbers, plan, needs, report)
         return states_of(outputs, folds), None if picks is None else outputs[sum(len(f.differentiable) for f in folds)]

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from bigclass.core.engines.filter import FILTER_BAND, FILTER_ROWS
-from bigclass.core.engines.support import device_reason, form_reason, saves
+from bigclass.core.engines.support import can_save, device_reason, form_reason
 from bigclass.core.engines.tail import WAITING
 from bigclass.core.errors import ArgumentError
 from bigclass.core.folds import FOLDS, PIECE, Fold, LogSumExp, Total
@@ -98,7 +98,7 @@ class Settings:
     workspace: bytes of temporary memory beyond inputs, outputs and gradients; None: DEFAULT_WORKSPACE.
     gradients: "forward", "recompute", "saved" or "auto". "recompute" also spares what activation checkpointing would pay twice.
     logits_limit: bytes of logits that lazy logits may write out where an operation needs the numbers; None: any, with a warning.
-    saved: how many classes are saved, where that was settled before (between a forward and its backward).
+    saved: how many sixteenths of the classes are saved, where that was settled before (between a forward and its backward).
     """
 
     workspace: int | None = None
@@ -120,7 +120,8 @@ def settings() -> Settings:
 def planning(*, workspace: int | None = None, gradients: str | None = None, logits_limit: int | None = None) -> Iterator[Settings]:
     """Change what the planner may use, within a `with` block (for the whole process).
 
-    A backward uses the settings that its forward ran under.
+    A backward uses the settings that its forward ran under. (A forward that activation checkpointing runs again runs under those of that
+    time: put the backward into the block, too.)
 
     Args:
         workspace: bytes of temporary memory the engines may take (default: 80 MiB on a CPU, 1 GiB elsewhere). Smaller works too, slower.
@@ -165,7 +166,8 @@ class Plan:
     engine: "dense", "tiled" or "fused". gradients: "none", "forward", "slabs", "saved" or "recompute".
     saved: classes whose logits the forward saves ("saved" only, else 0); saved_block: so many of them are multiplied at once, in place.
     chunk: rows whose logits over all classes are kept at once ("forward" only, else 0).
-    row_block x class_block: a tile. workspace: bytes of temporary memory. why: a sentence for each choice.
+    row_block x class_block: a tile. workspace: bytes of temporary memory (where logits are saved, a compiled graph takes a slab of G
+    beside them: it may not use them up). why: a sentence for each choice.
     Of the tiled engine's filter: gathered: kept columns that are multiplied at once; waiting: blocks whose tails are added together.
     """
 
@@ -204,6 +206,7 @@ class Work:
     cast for its product? laid_out: bytes of N x C tensors that it copies, for their classes do not lie side by side.
     group: adjacent classes that no cut may part (`Fold.group`). filtered: does the certified filter act on gradients?
     saves: can its gradients be made from logits in 16 bits? direct: can a product round dw to the weight's type itself?
+    frozen: does no weight of a pair get a gradient?
     """
 
     n: int
@@ -225,6 +228,7 @@ class Work:
     filtered: bool = False
     saves: bool = False
     direct: bool = False
+    frozen: bool = False
 
     def of(self, table: dict[str, int]) -> int:
         """This device's entry of a table."""
@@ -270,26 +274,38 @@ def choose_gradients(work: Work, options: Settings, name: str) -> str:
     return "saved" if saved else "recompute"
 
 
-def saved_classes(work: Work, options: Settings, name: str) -> int:
-    """Of how many classes the forward saves logits: all, or as many sixteenths as fit; none where making them again is cheaper.
+def saved_steps(work: Work, options: Settings, name: str) -> int:
+    """Of how many sixteenths of the classes the forward saves logits: as many as fit; none where making them again is cheaper.
 
     The default workspace is then larger by what an fp32 dw would take, which gradients made in the forward need beside it."""
     if name != "fused" or not (work.saves and work.grad):
         return 0
     if options.saved is not None:
         return options.saved
+    if options.gradients == "recompute":
+        return 0
     n, c = work.n, work.c
     if options.gradients != "saved" and _backward_bytes(work, 0) < _backward_bytes(work, c):
         return 0
     room = _workspace(work, options) * 7 // 8 - n * _fused_row(work)
-    if options.workspace is None:
+    if options.workspace is None and not work.frozen:
         room += 4 * c * work.d * work.half
     best = 0
     for step in range(1, SAVED_STEPS + 1):
-        some = c if step == SAVED_STEPS else c * step // SAVED_STEPS // SAVED_CLASSES * SAVED_CLASSES
-        if saved_size(n, some) <= room:
-            best = some
+        some = classes_of(step, c)
+        if some > 0 and saved_size(n, some) <= room:
+            best = step
     return best
+
+
+def classes_of(step: int, c: int) -> int:
+    """So many sixteenths of c classes, in whole blocks."""
+    return c if step == SAVED_STEPS else c * step // SAVED_STEPS // SAVED_CLASSES * SAVED_CLASSES
+
+
+def saved_classes(work: Work, options: Settings, name: str) -> int:
+    """Of how many classes the forward saves logits."""
+    return classes_of(saved_steps(work, options, name), work.c)
 
 
 def saved_size(rows: int, classes: int) -> int:
@@ -313,7 +329,7 @@ def _forward_bytes(work: Work, options: Settings) -> int:
     an fp32 dw."""
     chunks = -(-work.n // max(_chunk_rows(work, options, "fused"), 1))
     of_logit = EPILOGUE_BYTES + SAVED_BYTES if work.saves else 12
-    return of_logit * work.n * work.c + 8 * work.c * work.d * (chunks - 1)
+    return of_logit * work.n * work.c + 8 * work.c * work.d * (chunks - 1) * (not work.frozen)
 
 
 def _fused_row(work: Work) -> int:
@@ -579,7 +595,7 @@ def _saved_plan(work: Work, options: Settings, of_rows: int, of_class: int, besi
     n, c, saved = max(work.n, 1), max(work.c, 1), saved_classes(work, options, "fused")
     room = max(budget // 8, 1)
     block = max(min(SLAB_ELEMENTS // n, room // (n * 2 + of_class)), 256) // 256 * 256  # whole tiles of what is saved
-    in_place = max(2 * room // of_class, 256) // 256 * 256 if of_class else c
+    in_place = max(room // of_class, 256) // 256 * 256 if of_class else c
     in_place = block if work.filtered else in_place
     class_block, saved_block = min(block, c), min(in_place, saved)
     share = "all" if saved == c else f"{saved} of {c}"
@@ -690,7 +706,7 @@ def explain(
         cast=margin and half,  # normalised features are fp32 up to their product
         group=math.lcm(*[f.group for f in of_folds]),
         filtered=bool(grad_filter) and requires_grad,
-        saves=dtype == torch.bfloat16 and features % 8 == 0 and saves(of_maps, of_folds),
+        saves=dtype == torch.bfloat16 and features % 8 == 0 and can_save(of_maps, of_folds),
         direct=place.type == "cuda" and half and not margin and not grad_filter,
     )
     if choose_gradients(work, settings(), choose_engine(work, engine)) in ("recompute", "saved"):  # by `reduce_logits`, then

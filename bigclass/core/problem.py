@@ -138,8 +138,9 @@ def work_of(stream: Stream, folds: Sequence[Fold], keep: Tensor | None, *, scala
         laid_out=sum(t.numel() * t.element_size() for t in grids(stream, folds) if t.stride(1) != 1),
         group=math.lcm(*[f.group for f in folds]),
         filtered=stream.grad_filter > 0.0 and grad,
-        saves=saves(stream.maps, folds) and all(dtype == torch.bfloat16 for dtype in products) and not any(d % 8 for d in widths(stream)),
+        saves=saves(stream, folds) and all(dtype == torch.bfloat16 for dtype in products) and not any(d % 8 for d in widths(stream)),
         direct=is_direct(stream, products),
+        frozen=not any(w.requires_grad for _, w in stream.pairs),
     )
 
 
@@ -186,5 +187,5 @@ def plan_of(plan: str, work: Work, saved: int | None = None) -> Plan:
 
 
 def saved_of(plan: str) -> int:
-    """How many classes' logits the forward saves for the backward, by the plan of `fold_op`."""
+    """Of how many sixteenths of the classes the forward saves logits for the backward, by the plan of `fold_op`."""
     return int(plan.split(",")[3])

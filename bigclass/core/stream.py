@@ -49,6 +49,10 @@ class Map:
     name: ClassVar[str] = ""
     needs_input: ClassVar[bool] = True  # does `backward` read z? (s is always there)
 
+    def told_by_output(self) -> bool:
+        """Is the slope told, in the Triton form too, by s alone, even if s is off by 2^-12, as logits saved in 16 bits are?"""
+        return False
+
     @staticmethod
     def forward(z: Tensor, numbers: Sequence[float], tensors: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
         """s from z, elementwise. Write to `out` when it is given (it may be z itself)."""
@@ -137,6 +141,10 @@ class Softcap(Map):
         if not 0 < cap < math.inf:
             raise ArgumentError(f"softcap must be finite and greater than 0, got {cap}; leave it None for no cap")
         return cls(numbers=(float(cap),))
+
+    def told_by_output(self):
+        # The slope is off by 2^-11 / c. Where it is 0, at -c, a class with a bias of -inf must get next to nothing: p is e^-2c there.
+        return self.numbers[0] >= 8.0
 
     @staticmethod
     def forward(z, numbers, tensors, out=None):

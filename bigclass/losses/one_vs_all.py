@@ -184,7 +184,8 @@ class Focal(ElementwiseLoss):
     def negative_slope_triton(s, alpha, gamma):
         log1p, up, down = logistic(s)
         factor = tl.where(gamma == 0.0, 1.0, tl.exp2((log1p + positive_part(-s)) * (-1.4426950408889634 * gamma)))
-        return (1.0 - tl.maximum(alpha, 0.0)) * factor * (gamma * down * (positive_part(s) + log1p) + up)
+        lost = tl.where(down == 0.0, 0.0, down * (positive_part(s) + log1p))  # of s = inf, too
+        return (1.0 - tl.maximum(alpha, 0.0)) * factor * (gamma * lost + up)
 
     @classmethod
     def mixture(cls, s, t, p, alpha, gamma):
@@ -419,8 +420,8 @@ class Poly(ElementwiseLoss):
     def negative_slope_triton(s, epsilon, gamma, alpha):
         log1p, up, down = logistic(s)
         factor = tl.where(gamma == 0.0, 1.0, tl.exp2((log1p + positive_part(-s)) * (-1.4426950408889634 * gamma)))
-        value = positive_part(s) + log1p + epsilon * up
-        return (1.0 - tl.maximum(alpha, 0.0)) * factor * (gamma * down * value + up + epsilon * up * down)
+        lost = tl.where(down == 0.0, 0.0, down * (positive_part(s) + log1p + epsilon * up))  # of s = inf, too
+        return (1.0 - tl.maximum(alpha, 0.0)) * factor * (gamma * lost + up + epsilon * up * down)
 
     @triton_form_with(logistic=logistic, cross_entropy=cross_entropy, power=power)
     def mixture_triton(s, t, p, epsilon, gamma, alpha):

@@ -19,6 +19,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
+
 from bigclass.core.plan import Plan, Settings, Work, choose_engine, choose_gradients, make_plan, saved_size, tile_buffers
 from bigclass.memory_plan.settings import Training
 
@@ -116,7 +118,7 @@ def streamed_plan(
         n=rows, c=classes, d=features, device=device, scalar=not spread, half=training.half,
         buffers=tile_buffers(not softcap, not spread, int(softcap)), narrow=training.half, masked=masked,
         not_fused=None if device == "cuda" else "it is no GPU",
-        saves=training.half and features % 8 == 0, direct=device == "cuda" and training.half,
+        saves=training.dtype == torch.bfloat16 and features % 8 == 0 and not spread, direct=device == "cuda" and training.half,
     )  # fmt: skip
     if choose_gradients(work, options, choose_engine(work)) in ("recompute", "saved"):  # by `reduce_logits`, then
         work = replace(work, buffers=tile_buffers(not softcap, False, int(softcap)))

@@ -94,14 +94,19 @@ def form_reason(maps: Sequence[Map], folds: Sequence[Fold]) -> str | None:
     return None
 
 
-def saves(maps: Sequence[Map], folds: Sequence[Fold]) -> bool:
+def saves(stream: Stream, folds: Sequence[Fold]) -> bool:
+    """`can_save`, of this stream. Under a map no scale may learn, for its gradient weighs saturated logits, whose slopes have no digits."""
+    return can_save(stream.maps, folds) and not (stream.maps and stream.scale_tensor is not None)
+
+
+def can_save(maps: Sequence[Map], folds: Sequence[Fold]) -> bool:
     """Can the fused engine make gradients of these folds from logits that it saved in 16 bits (fused/saved.py)? One makes exponentials."""
     rest = [f for f in folds if not f.can_save()]
     if len(folds) - len(rest) != 1 or any(f.axis != "rows" for f in folds):
         return False
     if not all(isinstance(f, SumFold) and f.constant_slope and "grid" not in f.tensor_axes[: len(f.tensors)] for f in rest):
         return False
-    return not maps or (len(maps) == 1 and not maps[0].needs_input and not maps[0].tensors and not rest)
+    return not maps or (len(maps) == 1 and maps[0].told_by_output() and not rest)
 
 
 def grids(stream: Stream, folds: Sequence[Fold]) -> list[Tensor]:

@@ -8,7 +8,9 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import bigclass
-from bigclass.core import plan
+from bigclass.core import LogSumExp, Stream, log_sum_exp, plan
+from bigclass.core.op import observed_loss
+from bigclass.losses.one_vs_all import LOSSES
 from tests.losses.test_multilabel import CASES, csr_of, draw, hot
 from tests.support import error
 
@@ -82,3 +84,38 @@ def test_a_loss_of_one_s_own_runs_fused():
         results.append((loss, *torch.autograd.grad(loss, (x, w, b))))
     for a, e in zip(*results, strict=True):
         assert error(a, e) < 1e-5
+
+
+@pytest.mark.parametrize("loss", ["bce", "focal", "asymmetric", "poly", "squared_hinge"])
+@pytest.mark.parametrize("value", [float("inf"), -float("inf")], ids=str)
+def test_a_picked_class_may_have_an_infinite_bias(loss, value):
+    """Where its stored logit is -inf, so that no sum sees it, a bias of inf would make NaN of it."""
+    torch.manual_seed(0)
+    positives = torch.tensor([[1], [1], [1]])
+    results = []
+    for engine in ("fused", "tiled"):
+        generator = torch.Generator().manual_seed(1)
+        x, w = (torch.randn(n, 2, generator=generator).requires_grad_() for n in (3, 300))
+        b = torch.zeros(300)
+        b[1] = value
+        b.requires_grad_()
+        made = bigclass.linear_elementwise_loss(x, w, positives, loss=loss, linear_bias=b, reduction="sum", engine=engine)
+        results.append([made, *torch.autograd.grad(made, (x, w, b))])
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got.isfinite(), want.isfinite())
+        there = want.isfinite()
+        assert torch.allclose(got[there], want[there], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("n", "c"), [(40, 300), (5, 1), (3, 256)])
+def test_an_observed_fold_that_is_no_sum_sees_the_classes_alone(n, c):
+    """A tile's ragged end, which a sum masks, must not be a logit of 0."""
+    torch.manual_seed(2)
+    x, w = torch.randn(n, 8, requires_grad=True), torch.randn(c, 8, requires_grad=True)
+    fold = LOSSES["bce"].negatives[0]()
+    results = []
+    for engine in ("fused", "tiled"):
+        loss, (state,) = observed_loss(Stream(((x, w),)), None, (fold,), (LogSumExp(),), "fold_sum", [torch.ones(n)], engine=engine)
+        results.append((loss, log_sum_exp(state)))
+    for got, want in zip(*results, strict=True):
+        assert error(got, want) < 1e-5

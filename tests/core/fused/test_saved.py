@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import bigclass
 from bigclass.core import Dot, LogSumExp, ShiftedMoment, Softcap, Stream, Total, custom_ops, log_sum_exp, problem, reduce_logits
+from bigclass.core import plan as plan_module
 from bigclass.core.engines import tiles
-from bigclass.core.engines.support import saves
+from bigclass.core.engines.support import can_save, saves
 from bigclass.core.folds import register_fold
 from bigclass.core.recipe import pack
 from bigclass.core.triton_form import triton_form
@@ -40,8 +42,8 @@ def used(monkeypatch):
     return seen
 
 
-def part_of_the_classes(monkeypatch, count: int, block: int) -> None:
-    """Plans that save `count` classes, and multiply `block` of them at once; the others are made again, 64 at a time."""
+def part_of_the_classes(monkeypatch, step: int, block: int) -> None:
+    """Plans that save so many sixteenths of the classes, and multiply `block` of them at once; the others are made again, 64 at a time."""
     make = problem.make_plan
 
     def some(work, engine, options):
@@ -49,7 +51,8 @@ def part_of_the_classes(monkeypatch, count: int, block: int) -> None:
         return replace(plan, saved_block=block, class_block=64) if plan.saved else plan
 
     monkeypatch.setattr(problem, "make_plan", some)
-    monkeypatch.setattr("bigclass.core.op.saved_classes", lambda *_: count)
+    monkeypatch.setattr(plan_module, "SAVED_CLASSES", 64)
+    monkeypatch.setattr("bigclass.core.op.saved_steps", lambda *_: step)
 
 
 @pytest.mark.parametrize("gradients", ["saved", "forward"])
@@ -81,7 +84,7 @@ def test_pooled_over_draws_no_output_and_no_gradient_is_less_exact_than_dense(gr
 @pytest.mark.parametrize("gradients", ["saved", "forward"])
 @pytest.mark.parametrize(
     "options",
-    [{"softcap": 3.0}, {"label_smoothing": 0.1}, {"label_smoothing": 0.2, "weighted": True}, {"z_loss": 1e-2}, {"logit_scale": 2.5}],
+    [{"softcap": 9.0}, {"label_smoothing": 0.1}, {"label_smoothing": 0.2, "weighted": True}, {"z_loss": 1e-2}, {"logit_scale": 2.5}],
     ids=str,
 )
 def test_options_give_what_tiles_made_again_give(options, gradients, used):
@@ -100,11 +103,11 @@ def test_options_give_what_tiles_made_again_give(options, gradients, used):
         assert error(z, other) < 1e-3, name
 
 
-@pytest.mark.parametrize(("count", "block"), [(256, 128), (64, 64), (300, 128), (192, 192)])
-def test_some_classes_are_saved_and_the_others_made_again(count, block, monkeypatch, used):
+@pytest.mark.parametrize(("step", "count", "block"), [(14, 256, 128), (4, 64, 64), (16, 300, 128), (11, 192, 192)])
+def test_some_classes_are_saved_and_the_others_made_again(step, count, block, monkeypatch, used):
     x, w, b, y = draw("peaked", 70, 300, 24, BF16, 2)
     want = with_gradients(ours(x, w, b, y, ("fused", "recompute"), label_smoothing=0.1), (x, w, b))
-    part_of_the_classes(monkeypatch, count, block)
+    part_of_the_classes(monkeypatch, step, block)
     got = with_gradients(ours(x, w, b, y, ROAD, label_smoothing=0.1), (x, w, b))
     assert used == [count, count]
     assert error(got[0], want[0]) < 1e-6
@@ -112,7 +115,7 @@ def test_some_classes_are_saved_and_the_others_made_again(count, block, monkeypa
         assert error(z, t) < 1e-3
 
 
-@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"label_smoothing": 0.1}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"softcap": 9.0}, {"label_smoothing": 0.1}], ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
 @pytest.mark.parametrize("where", ["features", "bias"])
 def test_nan_and_infinities_come_out_as_from_tiles_made_again(where, value, options):
@@ -197,7 +200,7 @@ def test_the_op_passes_opcheck():
     x, w, y = torch.randn(9, 8, dtype=BF16), torch.randn(128, 8, dtype=BF16), torch.randint(128, (9, 1))
     recipe, numbers, tensors = pack(Stream(((x, w),)), (LogSumExp(exclude_picks=True),))
     # without a backward, which uses up what was saved and which the check then compares
-    torch.library.opcheck(custom_ops.fold_op, (tensors, y, None, recipe, numbers, f"fused,saved,{1 << 20},128", [True, True]))
+    torch.library.opcheck(custom_ops.fold_op, (tensors, y, None, recipe, numbers, f"fused,saved,{1 << 20},16", [True, True]))
 
 
 @pytest.mark.parametrize("gradients", ["saved", "forward"])
@@ -254,13 +257,14 @@ def test_products_that_round_dw_themselves_round_it_once(monkeypatch):
 
 def test_what_cannot_be_told_from_codes_is_made_again():
     rest = LogSumExp(exclude_picks=True)
-    cap = (Softcap.at(3.0),)
+    cap = (Softcap.at(30.0),)
     weights = Total(tensors=(torch.rand(5),))
     for maps, folds, can in (
         ((), (rest,), True),
         ((), (LogSumExp(), Total(), weights), True),
         (cap, (rest,), True),
         (cap, (rest, Total()), False),  # the slope of a cap at a logit without a code
+        ((Softcap.at(3.0),), (rest,), False),  # it saturates within what a code is off by
         ((*cap, *cap), (rest,), False),
         ((), (rest, ShiftedMoment()), False),
         ((), (rest, LogSumExp()), False),
@@ -269,7 +273,36 @@ def test_what_cannot_be_told_from_codes_is_made_again():
         ((), (Total(),), False),
         ((), (Bent(),), False),  # inherits the form of other terms
     ):
-        assert saves(maps, folds) is can, (maps, folds)
+        assert can_save(maps, folds) is can, (maps, folds)
+    x, w, scale = torch.randn(2, 8), torch.randn(5, 8), torch.ones(())
+    assert saves(Stream(((x, w),), maps=cap), (rest,)) and saves(Stream(((x, w),), scale_tensor=scale), (rest,))
+    assert not saves(Stream(((x, w),), maps=cap, scale_tensor=scale), (rest,))
+
+
+def test_recompute_means_that_nothing_is_saved(used):
+    """Pitfall of a planner that is asked twice: wide features make saving pay."""
+    x, w, b, y = draw("flat", 40, 300, 256, BF16, 13)
+    for gradients, count in (("recompute", 0), ("saved", 2)):
+        used.clear()
+        for options in ({}, {"reduction": "none"}):
+            ours(x, w, b, y, ("fused", gradients), **options).sum().backward()
+        assert len(used) == 2 * count
+
+
+def test_one_graph_serves_any_number_of_classes_that_are_all_saved(used):
+    """Pitfall: the number of classes in the op's plan would make a graph for each."""
+    graphs = CompileCounterWithBackend("aot_eager")
+
+    def plain(x, w, y):
+        return bigclass.linear_cross_entropy(x, w, y, engine="fused")
+
+    loss, made = torch.compile(plain, fullgraph=True, backend=graphs, dynamic=True), []
+    for c in (130, 200, 257):
+        x, w, _, y = draw("flat", 20, c, 16, BF16, c)
+        with bigclass.planning(gradients="saved"):
+            torch.autograd.grad(loss(x, w, y), (x, w))
+        made.append(graphs.frame_count)
+    assert made[0] == made[-1] and used
 
 
 @register_fold

@@ -175,7 +175,7 @@ class Problem:
         codes, references, codes_stride, tma_codes = None, None, 0, False
         if self.saved is not None:
             codes, references, codes_stride = self.saved.whole_tiles, self.saved.references, self.saved.codes.stride(0)
-            weight = launch.weight(self.folds, searched=self.k > 1 or read)
+            weight = launch.weight(self.folds, given=self.stream.given is not None, searched=self.k > 1 or read)
             config = launch.saving_config(launch.architecture(device), weight)
             tma_codes = config.tma and launch.describable([codes])
             codes = launch.operand(codes, config.BM, config.BN, tma_codes)
@@ -249,10 +249,11 @@ class Problem:
                 tensors += [t.contiguous() for t in state]
                 given = [g for g, d in zip(parts, f.differentiable, strict=True) if d]
                 tensors += [torch.zeros_like(state[0]) if g is None else g.float().contiguous() for g in given]
-        folded = found is not None
+        folded, dropped = found is not None, False
         exclude = noted and any(excluded)
         if folded and self.k > 0 and any(f.exclude_picks for f in self.folds):
-            if self._droppable():
+            dropped = self._droppable()
+            if dropped:
                 self._drop_picks()
             else:
                 searched, exclude = self.picks, True
@@ -273,7 +274,8 @@ class Problem:
              launch.operand(out, config.BM, config.BN, tma_out), self.stream.scale, boost, _tuple(numbers, 0.0),
              self.class_base, self.n, self.c, self.k, *numbers_of, out.stride(0)],
             constants | {"BEND": made.bend, "START": made.start, "UPDATE": made.update, "STORE": made.store, "GRADIENT": made.gradient,
-                         "ONE_PICK": self.k == 1, "EXCLUDE": exclude, "FOLDED": folded,
+                         "ONE_PICK": self.k == 1, "EXCLUDE": exclude, "FOLDED": folded, "DROPPED": dropped,
+                         "SUMS": all(isinstance(f, SumFold) for f in self.folds),
                          "BOOSTED": boost != 1.0, "TMA_OUT": tma_out},
             config,
         )  # fmt: skip

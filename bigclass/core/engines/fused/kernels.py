@@ -286,7 +286,7 @@ def gradient(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, pic
              scale, boost, numbers, class_base, N, C, K, D0, D1,
              x0_stride, w0_stride, x1_stride, w1_stride, stored_stride, given_stride, out_stride,
              BEND: tl.constexpr, START: tl.constexpr, UPDATE: tl.constexpr, STORE: tl.constexpr, GRADIENT: tl.constexpr,
-             ONE_PICK: tl.constexpr, EXCLUDE: tl.constexpr, FOLDED: tl.constexpr,
+             ONE_PICK: tl.constexpr, EXCLUDE: tl.constexpr, FOLDED: tl.constexpr, DROPPED: tl.constexpr, SUMS: tl.constexpr,
              BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr, TMA_OUT: tl.constexpr,
              EVEN_D: tl.constexpr, SCALED: tl.constexpr, BIAS_LAST: tl.constexpr,
              PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, BOOSTED: tl.constexpr):  # fmt: skip
@@ -294,7 +294,7 @@ def gradient(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, pic
 
     base: None where no fold counts the picks (`add_picks` writes over them); else takes those folds' gradient at the picks (N, K).
     FOLDED: the row folds' states of each tile go to row_out (tiles, N). Of folds whose gradient needs no state: one pass for both.
-    picks: None where neither asks for them."""
+    picks: None where neither asks for them; DROPPED: their stored logits are -inf, whatever the bias. SUMS: are all folds sums?"""
     bands, tiles = tl.cdiv(N, BM), tl.cdiv(C, BN)
     group = tl.program_id(0) // (GROUP * tiles)
     width = tl.minimum(bands - group * GROUP, GROUP)
@@ -308,6 +308,11 @@ def gradient(x0, w0, x1, w1, stored, class_scale, given, bias, scale_tensor, pic
              INTERPRETED)  # fmt: skip
     s = BEND(z, tensors, numbers)
     live = (cols < C)[None, :]
+    if DROPPED:  # -inf and a bias of inf would be NaN
+        at = stored + rows.to(tl.int64)[:, None] * stored_stride + cols[None, :]
+        s = tl.where(tl.load(at, mask=(rows < N)[:, None] & live, other=0.0) == float("-inf"), float("-inf"), s)
+    if FOLDED and not SUMS:
+        s = tl.where(live, s, float("-inf"))
     sx, livex = s, live
     if EXCLUDE:
         hit = _hits(picks, rows, class0, cols, class_base, N, K, BN, ONE_PICK)
