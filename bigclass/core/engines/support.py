@@ -96,7 +96,7 @@ def form_reason(maps: Sequence[Map], folds: Sequence[Fold]) -> str | None:
 
 def saves(stream: Stream, folds: Sequence[Fold]) -> bool:
     """`can_save`, of this stream. Under a map no scale may learn, for its gradient weighs saturated logits, whose slopes have no digits."""
-    return can_save(stream.maps, folds) and not (stream.maps and stream.scale_tensor is not None)
+    return can_save(stream.maps, folds) and (len(stream.maps) == 0 or stream.scale_tensor is None)
 
 
 def can_save(maps: Sequence[Map], folds: Sequence[Fold]) -> bool:
@@ -106,7 +106,7 @@ def can_save(maps: Sequence[Map], folds: Sequence[Fold]) -> bool:
         return False
     if not all(isinstance(f, SumFold) and f.constant_slope and "grid" not in f.tensor_axes[: len(f.tensors)] for f in rest):
         return False
-    return not maps or (len(maps) == 1 and maps[0].told_by_output() and not rest)
+    return len(maps) == 0 or (len(maps) == 1 and len(rest) == 0 and maps[0].told_by_output())
 
 
 def grids(stream: Stream, folds: Sequence[Fold]) -> list[Tensor]:
