@@ -217,7 +217,8 @@ class _All(ColumnFilter):
 
 def compile_recipe(recipe: Recipe, dtype: torch.dtype, features: int, arch: str) -> list[Compiled]:
     """Every kernel of a forward and a backward. Triton's driver must name the same architecture."""
-    from bigclass.core.engines.fused import Problem, filtered, launch
+    from bigclass.core.engines.fused import filtered, launch
+    from bigclass.core.engines.fused.problem import Problem
     from bigclass.core.engines.fused.saved import Saved, empty
 
     n, c, k = ROWS, CLASSES, recipe.picks

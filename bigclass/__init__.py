@@ -4,7 +4,8 @@ from typing import Any
 
 from bigclass import metrics, optim
 from bigclass.core.errors import ArgumentError, ArgumentTypeError
-from bigclass.core.plan import Plan, explain, planning
+from bigclass.core.explanation import explain
+from bigclass.core.plan import Plan, planning
 from bigclass.core.triton_form import triton_form
 from bigclass.core.updates import GradAccumulator
 from bigclass.gradient_cache import cached_step

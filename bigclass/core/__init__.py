@@ -2,6 +2,7 @@
 
 from bigclass.core.compare import compare_rows, compare_sum
 from bigclass.core.divergences import Divergence, register_divergence
+from bigclass.core.explanation import explain
 from bigclass.core.folds import (
     Dot,
     Fold,
@@ -17,7 +18,7 @@ from bigclass.core.folds import (
 )
 from bigclass.core.norms import inverse_norms
 from bigclass.core.op import reduce_logits, stream_loss
-from bigclass.core.plan import Plan, explain, planning
+from bigclass.core.plan import Plan, planning
 from bigclass.core.row_losses import register_row_loss
 from bigclass.core.stream import Map, Scale, Softcap, Stream, register_map
 from bigclass.core.topk import TopK

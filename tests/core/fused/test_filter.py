@@ -23,7 +23,7 @@ from tests.losses.test_lora import adapters, leaves
 from tests.support import error, exact_nll
 
 filtered = pytest.importorskip("bigclass.core.engines.fused.filtered", reason="Triton is not installed")
-Problem = pytest.importorskip("bigclass.core.engines.fused").Problem
+Problem = pytest.importorskip("bigclass.core.engines.fused.problem").Problem
 
 tail_of = Tail.of
 BAND, CLASSES, CHUNK = 17, 48, 30  # rows of a block at most; classes of a slab; rows of a chunk where gradients come with the loss

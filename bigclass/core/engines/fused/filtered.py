@@ -41,7 +41,7 @@ from bigclass.core.engines.tail import Tail, matvec
 from bigclass.core.engines.tiles import Pool, Span, spans
 
 if TYPE_CHECKING:
-    from bigclass.core.engines.fused import Problem
+    from bigclass.core.engines.fused.problem import Problem
     from bigclass.core.engines.tiles import TileMaker
     from bigclass.core.stream import Stream
 
