@@ -7,10 +7,10 @@ A fold of log-sum-exps makes e_ij = exp(s_ij - m_it) of every logit anyway, with
 and the backward reads p_ij = 2^-15 code_ij exp(m_it - LSE_i): no product is made a second time, and no exponential. In place: G_ij, of 16
 bits too, is written where code_ij was, and then multiplied where it lies. Of all exact gradients this one moves the fewest bytes a logit,
 
-    write code 2, read it 2, write G 2, read G twice 4        two more passes over 2 N C bytes than the three bare products make
+    write code 2, read it 2, write G 2, read G for two products 4        10; three bare products alone move 6
 
-against 16 where logits are kept in fp32 (write, fold, gradient read them 4 each, G as above less the code), and it needs no fp32 dw: every
-slab's dw is one product over all rows.
+against 18 where logits are kept in fp32 (written, folded and read again, 4 each, and G), and it needs no fp32 dw: each slab's dw is one
+product over all rows. On an H200 (4.3 TB/s) the 4 bytes more take 1 ms of 2^30 logits, 3 % of three passes at D = 4096.
 
 What is lost: relative to e_ij 2^-12 (half an ulp of fp16) down to e_ij = 2^-29, then up to 2^-40 absolutely (of a row that has that much
 below its largest logit in the tile). G, p_ij times what reached row i, is rounded to bf16 afterwards, by 2^-9: together 1.01 times that
@@ -18,7 +18,7 @@ error. So this is for products in bf16; of fp16's own 2^-12 it would make 1.4 ti
 The picks leave no trace where the fold excludes them, and so do not spoil m: a row that is sure of its class keeps all others' digits.
 
 Beside the log-sum-exp there may be folds whose slopes do not depend on the logits (label smoothing), and one map whose slope its output
-tells (a soft cap), but not both: under a map the smallest logits would be needed, too, which have no code.
+tells (a soft cap from 8 on), but not both: under a map the smallest logits would be needed, too, which have no code.
 """
 
 from __future__ import annotations
