@@ -7,6 +7,7 @@ dense.py materialises the logits under plain autograd. An engine that streams is
     stream_loss(stream, picks, keep, folds, row_loss, args, plan, needs)          -> loss, gradients
     slab_loss(stream, picks, keep, folds, observed, row_loss, args, plan, needs)  -> loss, states of the observed, gradients
 
+(the fused one's first two also take what `room_for(stream, classes)` made room for: logits that the forward saves for the backward)
 and is found here by name, imported when first used (so that Triton is, too). pair.py is what the tiled engine does for two streams.
 """
 

@@ -49,7 +49,7 @@ def reduce(
 
 def room_for(stream: Stream, classes: int) -> list[Tensor]:
     """Room for what the forward saves of so many classes (saved.py)."""
-    return empty(stream.tensors[0], stream.shape[0], classes, launch.saving_config(launch.architecture(stream.device)).BN)
+    return empty(stream.tensors[0], stream.shape[0], classes, launch.saved_width(stream.device))
 
 
 def reduce_backward(
@@ -310,7 +310,7 @@ class _Source:
     @property
     def width(self) -> int:
         """Classes of a tile that is saved."""
-        return launch.saving_config(launch.architecture(self.stream.device)).BN
+        return launch.saved_width(self.stream.device)
 
     def saved(self, tensors: Sequence[Tensor], classes: int) -> Saved | None:
         """What the forward saves, or has saved, of the first so many classes."""

@@ -202,6 +202,11 @@ def saving_config(name: str, weight: int = 0) -> Config:
     return SAVING[name][min(weight, 1)]
 
 
+def saved_width(device: torch.device) -> int:
+    """Classes of a tile that is saved, light or heavy."""
+    return saving_config(architecture(device)).BN
+
+
 def saved_config(width: int) -> Config:
     """The tile of a gradient that reads logits saved in tiles of so many classes. Nothing is multiplied."""
     return Config(SAVED_ROWS, width, 32, 4, 1, False)

@@ -142,6 +142,8 @@ class Problem:
         """The tile for these folds. searched: must a tile look for its picks, beyond leaving one a row out?"""
         given, mapped = self.stream.given is not None, bool(self.stream.maps)
         weight = launch.weight(folds, given=given, searched=searched, mapped=mapped, bent=bent)
+        if self.saved is not None:
+            return launch.saving_config(launch.architecture(self.stream.device), weight)
         dtype = torch.float32 if self.stored is not None else self.pairs[0][0].dtype
         described = self.stored is not None or launch.describable([t for pair in self.pairs for t in pair])
         return launch.config(launch.architecture(self.stream.device), dtype, weight, described=described, products=self.stored is None)
@@ -160,8 +162,6 @@ class Problem:
         codes, references, codes_stride, tma_codes = None, None, 0, False
         if self.saved is not None:
             codes, references, codes_stride = self.saved.whole_tiles, self.saved.references, self.saved.codes.stride(0)
-            weight = launch.weight(self.folds, given=self.stream.given is not None, searched=self.k > 1 or read)
-            config = launch.saving_config(launch.architecture(device), weight)
             tma_codes = config.tma and launch.describable([codes])
             codes = launch.operand(codes, config.BM, config.BN, tma_codes)
         bands = -(-self.n // config.BM)
@@ -245,9 +245,11 @@ class Problem:
         if self.saved is not None:
             self._saved_gradient(self.saved, made, searched, base, keep, tensors, numbers, out, exclude)
             return base
-        config, device = self._config(folds, searched=noted, bent=bool(self.stream.maps)), self.stream.device
+        device = self.stream.device
         if folded:
             config = self._config(self.folds, searched=self.k > 1, bent=True)
+        else:
+            config = self._config(folds, searched=noted, bent=bool(self.stream.maps))
         rows = self._states("rows", -(-self.c // config.BN), self.n) if folded else []
         pointers, numbers_of, constants, filler = self._shared(config)
         tma_out = config.tma and launch.describable([out])
